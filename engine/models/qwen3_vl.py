@@ -1,0 +1,186 @@
+"""Qwen3-VL (and Qwen3) over packed tokens: the engine passes paged attention, the trainer tree attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.config import ModelConfig, TextConfig
+from engine.models.vision import VisionFeatures, VisionInput, VisionTower
+from kernels import add_rmsnorm, linear_logprob_entropy, rmsnorm, rotary, swiglu
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; scaled by D ** -0.5, and whatever masking and caching it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """Which log-probs to return: row `index[n]` of the hidden states predicts token `labels[n]`. Both [N] int64."""
+
+    index: Tensor
+    labels: Tensor
+    temperature: float = 1.0
+
+
+class Qwen3VL(nn.Module):
+    """Parameter names are Hugging Face's, so state dicts go in and out unchanged."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H], the LM head; the embedding itself when the two are tied."""
+        return self.model.language_model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: Attention,
+        vision: VisionInput | None = None,
+        predict: Predict | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """input_ids [T] int64, position_ids [3, T] int64 -> hidden [T, H], or (logprob [N], entropy [N]) fp32 with `predict`.
+
+        The LM head runs in here, so that a sharded trainer uses it while it is gathered.
+        """
+        hidden = self.model(input_ids, position_ids, attention, vision)
+        if predict is None:
+            return hidden
+        return linear_logprob_entropy(hidden[predict.index], self.head_weight, predict.labels, predict.temperature)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> logits [N, V] in fp32."""
+        return F.linear(hidden, self.head_weight).float()
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = LanguageModel(config.text)
+        if config.vision is not None:
+            self.visual = VisionTower(config.vision)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention, vision: VisionInput | None) -> Tensor:
+        features, index = None, None
+        if vision is not None:
+            features, index = vision.features, vision.token_index
+            if features is None:
+                features = self.visual(vision.pixel_values, vision.grid_thw)
+        return self.language_model(input_ids, position_ids, attention, features, index)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention: Attention,
+        features: VisionFeatures | None,
+        image_index: Tensor | None,
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        if features is not None:
+            x = x.index_copy(0, image_index, features.embeds.to(x.dtype))
+        cos, sin = mrope(position_ids, self.config)
+        residual = torch.zeros_like(x)
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, cos, sin, attention)
+            if features is not None and index < len(features.deepstack):
+                x = x.index_add(0, image_index, features.deepstack[index].to(x.dtype))
+        return self.norm.add(x, residual)[0]
+
+
+def mrope(position_ids: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
+    """Interleaved multimodal rotary angles: position_ids [3, T] (time, height, width) -> cos, sin [T, D / 2] in fp32.
+
+    Of the frequencies, numbers 1, 4, 7, … take the height and 2, 5, 8, … the width, as far as `mrope_section` reaches;
+    all others take the time.
+    """
+    half = config.head_dim // 2
+    device = position_ids.device
+    number = torch.arange(half, device=device)
+    height = (number % 3 == 1) & (number < 3 * config.mrope_section[1])
+    width = (number % 3 == 2) & (number < 3 * config.mrope_section[2])
+    axis = height.long() + 2 * width.long()
+    frequencies = config.rope_theta ** (-number.float() / half)
+    angles = position_ids.float()[axis].T * frequencies
+    return angles.cos(), angles.sin()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual) in one pass."""
+        return add_rmsnorm(x, residual, self.weight, self.eps)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, index: int):
+        super().__init__()
+        self.self_attn = SelfAttention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's input is x + residual, and so is its output: the sum is formed inside the next norm."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.post_attention_layernorm.add(self.self_attn(x, cos, sin, attention), residual)
+        return self.mlp(x), residual
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        tokens = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(tokens, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(tokens, -1, self.head_dim))
+        v = self.v_proj(x).view(tokens, -1, self.head_dim)
+        q, k = rotary(q, k, cos, sin)
+        return self.o_proj(attention(self.index, q, k, v).reshape(tokens, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
