@@ -1,0 +1,92 @@
+// Shared by the CPU kernels: run-time instruction-set dispatch and small fixed-width vectors.
+//
+// Every .cpp of this directory registers its own operators in its own fragment:
+//     TORCH_LIBRARY_FRAGMENT(axpo, m) { m.def("op(Tensor x) -> Tensor"); m.impl("op", c10::DispatchKey::CPU, TORCH_FN(op)); }
+// so a file can be added without touching another; setup.py compiles whatever lies here. There is no pybind: the
+// library is loaded by kernels/_library.py, which is also where fake and autograd rules are attached from Python.
+//
+// How a kernel is written:
+//   * the hot loop is a static function marked AXPO_CLONES: gcc compiles it once per instruction set and the
+//     loader picks by CPUID, so one binary runs on any x86-64. What it calls must be AXPO_INLINE (or a lambda-free
+//     template of such), else the callee keeps the baseline instruction set and is a real call;
+//   * OpenMP (at::parallel_for) stays OUTSIDE the cloned functions: an outlined parallel region is not cloned;
+//   * sums that feed a result are written in one fixed order (explicit vector lanes), never left to the number of
+//     threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
+#if __GNUC__ >= 12
+#define AXPO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // the micro-architecture levels are matched by CPU model before gcc 12, features are not
+#define AXPO_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#endif
+#else
+#define AXPO_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define AXPO_INLINE inline __attribute__((always_inline))
+#else
+#define AXPO_INLINE inline
+#endif
+
+namespace axpo {
+
+// Eight floats: one AVX register, or two SSE/NEON ones. gcc and clang lower it on every target. `may_alias` and the
+// one-float alignment make loads through float pointers legal and unaligned.
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+static AXPO_INLINE f32x8 load8(const float* p) { return *reinterpret_cast<const f32x8_unaligned*>(p); }
+static AXPO_INLINE void store8(float* p, f32x8 v) { *reinterpret_cast<f32x8_unaligned*>(p) = v; }
+static AXPO_INLINE f32x8 splat8(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+static AXPO_INLINE f32x8 max8(f32x8 a, f32x8 b) { return a > b ? a : b; }
+
+// Sum and maximum of the lanes, in one fixed tree order.
+static AXPO_INLINE float sum8(f32x8 v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+static AXPO_INLINE float hmax8(f32x8 v) {
+  float a = v[0] > v[4] ? v[0] : v[4], b = v[1] > v[5] ? v[1] : v[5];
+  float c = v[2] > v[6] ? v[2] : v[6], d = v[3] > v[7] ? v[3] : v[7];
+  a = a > c ? a : c;
+  b = b > d ? b : d;
+  return a > b ? a : b;
+}
+
+// e^x for x <= 88.7 (relative error about 1e-7). Below -87.3, where fp32 leaves its normal range, the result is 0;
+// -inf gives 0 and NaN gives NaN. Larger x than 88.7 is clamped.
+// x = n ln2 + r with |r| <= ln2/2; e^r by a degree-6 polynomial; 2^n through the exponent bits.
+static AXPO_INLINE f32x8 exp8(f32x8 x) {
+  const f32x8 low = splat8(-87.33654f), high = splat8(88.72f);
+  f32x8 c = x < low ? low : x;
+  c = c > high ? high : c;
+  const f32x8 magic = splat8(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  f32x8 shifted = c * splat8(1.44269504088896341f) + magic;
+  f32x8 n = shifted - magic;
+  f32x8 r = c - n * splat8(0.693359375f);
+  r = r - n * splat8(-2.12194440e-4f);
+  f32x8 p = splat8(1.9875691500e-4f);
+  p = p * r + splat8(1.3981999507e-3f);
+  p = p * r + splat8(8.3334519073e-3f);
+  p = p * r + splat8(4.1665795894e-2f);
+  p = p * r + splat8(1.6666665459e-1f);
+  p = p * r + splat8(5.0000001201e-1f);
+  p = p * (r * r) + r + splat8(1.0f);
+  // The low bits of `shifted` hold n; p lies in [0.7, 1.42), so n is added to its exponent in two halves to stay in
+  // range at both ends.
+  i32x8 e = reinterpret_cast<i32x8>(shifted) - reinterpret_cast<i32x8>(magic);
+  i32x8 half = e >> 1;
+  f32x8 s1 = reinterpret_cast<f32x8>((half + 127) << 23);
+  f32x8 s2 = reinterpret_cast<f32x8>((e - half + 127) << 23);
+  f32x8 y = p * s1 * s2;
+  y = x < low ? splat8(0.0f) : y;
+  return x == x ? y : x;
+}
+
+}  // namespace axpo
