@@ -1,0 +1,20 @@
+"""A paged-KV inference engine for Qwen3-VL with copy-on-write forks at any token."""
+
+from engine.block_pool import OutOfBlocks
+from engine.llm import LLM
+from engine.outputs import CompletionOutput, RequestOutput
+from engine.processor import ImageInput, Processor
+from engine.sampling_params import SamplingParams, derive_seed
+from engine.sequence import Sequence
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ImageInput",
+    "OutOfBlocks",
+    "Processor",
+    "RequestOutput",
+    "SamplingParams",
+    "Sequence",
+    "derive_seed",
+]

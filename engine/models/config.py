@@ -65,7 +65,9 @@ class ModelConfig:
         """
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise FileNotFoundError(f"model path '{path}': no config.json there; give a Hugging Face checkpoint directory")
+            raise FileNotFoundError(
+                f"model path '{path}': no config.json there; give a Hugging Face checkpoint directory"
+            )
         try:
             raw = json.loads(file.read_text())
         except json.JSONDecodeError as error:
@@ -97,7 +99,8 @@ def _qwen3_vl(raw: dict[str, Any], file: Path) -> ModelConfig:
     )
     _require(vision.get("hidden_act", "gelu_pytorch_tanh") == "gelu_pytorch_tanh", file, "vision hidden_act")
     special = {
-        name: raw.get(name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        name: raw.get(name)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     }
     tied = raw.get("tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", False))
     banned = tuple(sorted({int(token) for token in special.values() if token is not None}))

@@ -68,7 +68,9 @@ class Backbone(nn.Module):
         if config.vision is not None:
             self.visual = VisionTower(config.vision)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention, vision: VisionInput | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention: Attention, vision: VisionInput | None
+    ) -> Tensor:
         features, index = None, None
         if vision is not None:
             features, index = vision.features, vision.token_index

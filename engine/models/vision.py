@@ -64,7 +64,9 @@ class VisionTower(nn.Module):
         rows, cols = (torch.cat([frame[axis] for frame in layout]).to(device) for axis in range(2))
         segments = [h * w for t, h, w in grids for _ in range(t)]
         heights, widths = (
-            torch.tensor([grid[axis] for grid in grids for _ in range(grid[0])]).repeat_interleave(torch.tensor(segments))
+            torch.tensor([grid[axis] for grid in grids for _ in range(grid[0])]).repeat_interleave(
+                torch.tensor(segments)
+            )
             for axis in (1, 2)
         )
         x = self.patch_embed(pixel_values)

@@ -1,0 +1,33 @@
+"""Our paged attention: prefill, extend and decode of a whole batch are two calls a layer, write and attend."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.memory import KVCache
+from kernels import paged_attention, write_kv
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """Attention of one step, for `Qwen3VL.forward`.
+
+    block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32, context_lens [S] int32 (tokens seen by the last query),
+    slot_mapping [W] int64 (where new K and V go: block * block_size + offset), writes: the W packed rows that are new, or
+    None when all are (a fork's first query re-reads a token whose KV it shares).
+    """
+
+    kv: KVCache
+    block_tables: Tensor
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    slot_mapping: Tensor
+    writes: Tensor | None
+    scale: float
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_cache, v_cache = self.kv.layer(layer)
+        if self.writes is not None:
+            k, v = k[self.writes], v[self.writes]
+        write_kv(k, v, k_cache, v_cache, self.slot_mapping)
+        return paged_attention(q, k_cache, v_cache, self.block_tables, self.cu_seqlens_q, self.context_lens, self.scale)

@@ -1,0 +1,344 @@
+"""The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
+
+import itertools
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engine.block_pool import BlockPool
+from engine.memory import KVCache
+from engine.models import ModelConfig, Qwen3VL
+from engine.outputs import CompletionOutput, RequestOutput
+from engine.processor import ImageInput, Processor
+from engine.runner import Runner
+from engine.sampling_params import SamplingParams, derive_seed
+from engine.scheduler import Request, Scheduler
+from engine.sequence import Sequence
+from engine.weights import load_weights
+
+Prompt = str | list[int] | dict[str, Any]
+"""Text, token ids, or {"prompt" | "prompt_token_ids": …, "multi_modal_data": {"image": image or list}}."""
+
+
+class LLM:
+    """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
+
+    Args:
+        path: checkpoint directory.
+        dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
+        kv_cache_bytes: size of the KV cache; blocks of `block_size` tokens are cut from it.
+        max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
+        max_num_seqs: sequences that run at once.
+        seed: keys the noise of requests that bring no seed of their own.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        kv_cache_bytes: int = 1 << 29,
+        block_size: int = 16,
+        max_batch_tokens: int = 4096,
+        max_num_seqs: int = 1024,
+        vision_cache_bytes: int = 1 << 28,
+        seed: int = 0,
+    ):
+        self.path = Path(path)
+        self.config = ModelConfig.from_pretrained(path)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        with torch.device("meta"):
+            model = Qwen3VL(self.config)
+        self.model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
+        load_weights(self.model, path)
+        self.kv = KVCache(self.config.text, kv_cache_bytes, block_size, dtype, self.device)
+        self.pool = BlockPool(self.kv.num_blocks, block_size)
+        self.sequences: dict[int, Sequence] = {}
+        self.scheduler = Scheduler(
+            self.pool, max_batch_tokens, max_num_seqs, lambda: list(self.sequences.values()), self.kv.copy
+        )
+        self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes)
+        self.eos_token_ids = _eos_token_ids(self.path)
+        self.weight_version = 0
+        self._seed = seed
+        self._requests = itertools.count()
+        self._by_sequence: dict[int, Request] = {}
+        self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
+
+    @cached_property
+    def processor(self) -> Processor:
+        return Processor(self.path, self.config)
+
+    @property
+    def merge(self) -> int:
+        return self.config.vision.spatial_merge_size if self.config.vision else 1
+
+    # -- sequences ------------------------------------------------------------------------------------------------------
+
+    def open(self, prompt: Prompt) -> Sequence:
+        """A new sequence holding the prompt. Nothing is computed until it runs.
+
+        Raises:
+            ValueError: an empty or over-long prompt, placeholders that do not match the images, an undecodable image.
+        """
+        text, token_ids, images = self._parse(prompt)
+        inputs = self.image_inputs(images)
+        tokens = self.expand(self.processor.tokenizer.encode(text) if token_ids is None else token_ids, inputs)
+        if not tokens:
+            raise ValueError("the prompt is empty; give at least one token")
+        bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"prompt token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
+        self.check_length(len(tokens))
+        return Sequence(self, tokens, inputs, self.processor.spans(tokens, inputs) if inputs else [])
+
+    def prefill(self, sequences: Seq[Sequence]) -> None:
+        """Computes all pending tokens, so that forks share them. Samples nothing."""
+        for sequence in sequences:
+            if sequence.num_computed < len(sequence):
+                self._submit(sequence, SamplingParams(max_tokens=None), limit=len(sequence))
+        self._drain()
+
+    def submit(self, sequence: Sequence, params: SamplingParams, index: int = 0) -> None:
+        """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools."""
+        room = self.config.text.max_position_embeddings
+        limit = room if params.max_tokens is None else min(len(sequence) + params.max_tokens, room)
+        self._submit(sequence, params, limit, index)
+
+    def step(self) -> list[tuple[Sequence, CompletionOutput]]:
+        """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
+        if not self.scheduler.has_work:
+            return []
+        chunks = self.scheduler.schedule()
+        for chunk in chunks:
+            self._counts["decode_tokens" if chunk.request.pending <= 1 else "prefill_tokens"] += chunk.count
+        sampled = self.runner.step(chunks)
+        self._counts["steps"] += 1
+        finished = [chunk.request for chunk in chunks if chunk.request.limit == chunk.request.start]
+        finished = [request for request in finished if request.pending == 0]
+        rows = zip(sampled.requests, sampled.tokens, sampled.logprobs, sampled.entropies, strict=True)
+        for request, token, logprob, entropy in rows:
+            request.sequence.token_ids.append(token)
+            request.logprobs.append(logprob)
+            request.entropies.append(entropy)
+            if token in request.stop_ids or len(request.sequence) >= request.limit:
+                finished.append(request)
+        for request in finished:
+            self.scheduler.remove(request)
+            del self._by_sequence[id(request.sequence)]
+        return [(request.sequence, self._output(request)) for request in finished]
+
+    def run(
+        self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[CompletionOutput]:
+        """Decodes each sequence until it stops; `sampling_params` is one for all or one for each. Sequences stay open."""
+        params = self._params(sampling_params, len(sequences))
+        if len({id(sequence) for sequence in sequences}) < len(sequences):
+            raise ValueError("the same sequence is given twice; fork it to continue it twice")
+        for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
+            self.submit(sequence, p, index)
+        done = {id(sequence): output for sequence, output in self._drain()}
+        return [done[id(sequence)] for sequence in sequences]
+
+    def abort(self, sequence: Sequence) -> None:
+        """Takes a running sequence out of the batch; its tokens so far stay."""
+        request = self._by_sequence.pop(id(sequence), None)
+        if request is not None:
+            self.scheduler.remove(request)
+
+    # -- vLLM's interface -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """`n` continuations of every prompt, in order. A prompt is prefilled once and its continuations are forks."""
+        if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        params = self._params(sampling_params, len(prompts))
+        roots: list[Sequence] = []
+        branches: list[Sequence] = []
+        try:
+            for prompt in prompts:
+                roots.append(self.open(prompt))  # type: ignore[arg-type]
+            self.prefill([root for root, p in zip(roots, params, strict=True) if p.n > 1])
+            for root, p in zip(roots, params, strict=True):
+                base = derive_seed(self._seed, next(self._requests)) if p.seed is None else p.seed
+                for index, branch in enumerate(root.fork(p.n)):
+                    branches.append(branch)
+                    seed = base if p.n == 1 else derive_seed(base, index)
+                    self.submit(branch, replace(p, seed=seed), index)
+                if p.n == 1:
+                    root.drop_kv()
+            outputs = {id(sequence): output for sequence, output in self._drain(use_tqdm, len(branches))}
+        finally:
+            for sequence in branches + roots:
+                sequence.close()
+        rest = iter(branches)
+        return [
+            RequestOutput(
+                str(index),
+                prompt if isinstance(prompt, str) else None,
+                list(root.token_ids),
+                [outputs[id(branch)] for branch in itertools.islice(rest, p.n)],
+            )
+            for index, (prompt, root, p) in enumerate(zip(prompts, roots, params, strict=True))
+        ]
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Renders conversations with the checkpoint's template. An image is a part {"type": "image", "image": PIL or path}."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            parts = [p for m in conversation if isinstance(m["content"], list) for p in m["content"]]  # type: ignore[index]
+            images = [part["image"] for part in parts if part.get("type") == "image"]
+            text = self.processor.render(conversation, tools)  # type: ignore[arg-type]
+            prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the KV cache's memory back. Open sequences keep their tokens and are computed again after `wake_up`."""
+        if level != 1:
+            raise ValueError(f"sleep level {level}: the engine knows level 1, which releases the KV cache")
+        if self.scheduler.has_work:
+            raise RuntimeError("sleep while sequences run; let them finish or abort them first")
+        for sequence in self.sequences.values():
+            sequence.drop_kv()
+        self.kv.sleep()
+
+    def wake_up(self) -> None:
+        self.kv.wake()
+
+    def weights_updated(self) -> None:
+        """To be called after the model's weights were changed in place: everything computed with the old ones is dropped."""
+        if self.scheduler.has_work:
+            raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
+        self.weight_version += 1
+        self.runner.vision.clear()
+        for sequence in self.sequences.values():
+            sequence.drop_kv()
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and what is held now."""
+        return {
+            "blocks_total": self.pool.num_blocks,
+            "blocks_used": self.pool.num_used,
+            "blocks_copied": self.kv.blocks_copied,
+            "tokens_copied": self.kv.tokens_copied,
+            "block_bytes": self.kv.bytes_per_block,
+            "kv_bytes": self.kv.nbytes,
+            "images_encoded": self.runner.vision.encoded,
+            "preemptions": self.scheduler.preemptions,
+            "sequences_open": len(self.sequences),
+            "weight_version": self.weight_version,
+            **self._counts,
+        }
+
+    # -- shared by the above and by Sequence ----------------------------------------------------------------------------
+
+    def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
+        return [
+            image if isinstance(image, ImageInput) else self.processor.image(_open_image(image)) for image in images
+        ]
+
+    def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
+        if not images and self.config.image_token_id not in token_ids:
+            return list(token_ids)
+        return self.processor.expand(token_ids, images)
+
+    def check_length(self, length: int) -> None:
+        limit = self.config.text.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"{length} tokens are more than the model's context of {limit}; shorten the prompt or observation"
+            )
+
+    def _submit(self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0) -> None:
+        sequence.check_open()
+        if sequence.running:
+            raise RuntimeError("the sequence is running already")
+        seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
+        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        request = Request(sequence, params, seed, len(sequence), limit, stop, index)
+        self._by_sequence[id(sequence)] = request
+        self.scheduler.add(request)
+
+    def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
+        from tqdm.auto import tqdm  # here, so that importing the engine stays quick
+
+        finished: list[tuple[Sequence, CompletionOutput]] = []
+        with tqdm(total=total, desc="generate", unit="seq", disable=not progress) as bar:
+            while self.scheduler.has_work:
+                new = self.step()
+                finished += new
+                bar.update(len(new))
+        return finished
+
+    def _output(self, request: Request) -> CompletionOutput:
+        tokens = request.sequence.token_ids[request.start :]
+        stopped = bool(tokens) and tokens[-1] in request.stop_ids
+        return CompletionOutput(
+            request.index,
+            self.processor.decode(tokens, skip_special_tokens=True) if tokens else "",
+            tokens,
+            request.logprobs,
+            request.entropies,
+            "stop" if stopped else "length",
+            tokens[-1] if stopped else None,
+        )
+
+    def _params(self, given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or SamplingParams()] * count
+        if len(given) != count:
+            raise ValueError(f"{len(given)} sampling params for {count} prompts; give one for all or one for each")
+        return list(given)
+
+    def _parse(self, prompt: Prompt) -> tuple[str, list[int] | None, list[Any]]:
+        if isinstance(prompt, str):
+            return prompt, None, []
+        if not isinstance(prompt, dict):
+            return "", [int(token) for token in prompt], []
+        if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+            raise ValueError("a prompt dict needs exactly one of 'prompt' and 'prompt_token_ids'")
+        images = (prompt.get("multi_modal_data") or {}).get("image", [])
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        token_ids = prompt.get("prompt_token_ids")
+        return prompt.get("prompt", ""), None if token_ids is None else list(token_ids), images
+
+
+def _open_image(image: Image.Image | str | Path) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return Image.open(image)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image '{image}' cannot be read ({error})") from error
+
+
+def _eos_token_ids(path: Path) -> frozenset[int]:
+    """From generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        file = path / name
+        if file.is_file():
+            raw = json.loads(file.read_text())
+            eos = raw.get("eos_token_id", raw.get("text_config", {}).get("eos_token_id"))
+            if eos is not None:
+                return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()

@@ -1,0 +1,122 @@
+"""Text and images to tokens and patches, with the checkpoint's own tokenizer, template and image processor."""
+
+import hashlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.positions import ImageSpan, place_image, positions
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """An image as the model takes it.
+
+    pixel_values: [P, patch_dim] fp32; grid_thw: (1, height, width) in patches; num_tokens = P / merge²; key: content hash.
+    """
+
+    pixel_values: Tensor
+    grid_thw: tuple[int, int, int]
+    num_tokens: int
+    key: bytes
+
+
+class Processor:
+    """Everything that turns users' input into model input, for one checkpoint."""
+
+    def __init__(self, path: str | Path, config: ModelConfig):
+        # Imported here: transformers takes seconds, and an engine fed with token ids never needs it.
+        from transformers import AutoTokenizer
+
+        self.path = Path(path)
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        self.image_token_id = config.image_token_id
+        self._image_processor = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Processor":
+        return cls(path, ModelConfig.from_pretrained(path))
+
+    @property
+    def merge(self) -> int:
+        if self.config.vision is None:
+            raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
+        return self.config.vision.spatial_merge_size
+
+    def image(self, image: Image.Image) -> ImageInput:
+        """Resizes, normalises and cuts an image into patches exactly as transformers does.
+
+        Raises:
+            ValueError: the file cannot be decoded, or the image has an impossible size.
+        """
+        merge = self.merge
+        try:
+            rgb = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = getattr(image, "filename", "") or "image"
+            raise ValueError(f"{name}: cannot be decoded ({error})") from error
+        if self._image_processor is None:
+            self._image_processor = _load_image_processor(self.path)
+        batch = self._image_processor(images=[rgb], return_tensors="np")
+        pixels = np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)
+        _, height, width = (int(side) for side in batch["image_grid_thw"][0])
+        key = hashlib.blake2b(pixels.tobytes() + bytes(f"{height}x{width}", "ascii"), digest_size=16).digest()
+        return ImageInput(torch.from_numpy(pixels), (1, height, width), height * width // merge**2, key)
+
+    def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
+        """Token ids with one `<|image_pad|>` expanded to as many as its image has tokens; no special tokens are added."""
+        return self.expand(self.tokenizer.encode(text, add_special_tokens=False), images)
+
+    def expand(self, token_ids: Seq[int], images: Seq[ImageInput]) -> list[int]:
+        """Expands one placeholder an image; ids whose placeholders are already expanded come back unchanged.
+
+        Raises:
+            ValueError: the number of placeholders fits neither.
+        """
+        pads = sum(token == self.image_token_id for token in token_ids) if self.image_token_id is not None else 0
+        if pads == sum(image.num_tokens for image in images):
+            return list(token_ids)
+        if pads != len(images):
+            raise ValueError(f"the prompt has {pads} image placeholders for {len(images)} images; write one an image")
+        out: list[int] = []
+        rest = iter(images)
+        for token in token_ids:
+            out.extend([token] * next(rest).num_tokens if token == self.image_token_id else [token])
+        return out
+
+    def spans(self, token_ids: Seq[int], images: Seq[ImageInput]) -> list[ImageSpan]:
+        """Finds the images in expanded `token_ids`."""
+        out: list[ImageSpan] = []
+        index = 0
+        for image in images:
+            index = token_ids.index(self.image_token_id, index)
+            out.append(place_image(out, index, image.grid_thw, self.merge))
+            index = out[-1].stop
+        return out
+
+    def positions(self, token_ids: Seq[int], images: Seq[ImageInput]) -> npt.NDArray[np.int64]:
+        """Rotary positions of a whole sequence: [3, len(token_ids)] int64."""
+        return positions(self.spans(token_ids, images) if images else [], 0, len(token_ids))
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The checkpoint's chat template, ending in its generation prompt."""
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+
+    def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def _load_image_processor(path: Path) -> Any:
+    # The PIL backend: the torchvision one is not everywhere, and rounds resized pixels differently.
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)

@@ -1,0 +1,110 @@
+"""Hugging Face safetensors in and out."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copies a checkpoint directory into `model`, in place, one tensor at a time, cast to the parameters' dtype.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: a shard is truncated or not safetensors, or keys or shapes do not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    unexpected = []
+    with torch.no_grad():
+        for name, tensor in read_tensors(path):
+            parameter = parameters.get(name)
+            if parameter is None:
+                unexpected.append(name)
+                continue
+            if parameter.shape != tensor.shape:
+                raise ValueError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}"
+                )
+            parameter.copy_(tensor)
+            missing.discard(name)
+    tied = "lm_head.weight" if "lm_head.weight" not in parameters else None
+    unexpected = [name for name in unexpected if name != tied]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: weights do not fit the config: {len(missing)} missing {_some(missing)}, "
+            f"{len(unexpected)} unexpected {_some(unexpected)}"
+        )
+
+
+def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (parameter name of `Qwen3VL`, tensor) over all shards; files are memory-mapped, each tensor read once."""
+    for file in shards(path):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():
+                    yield canonical_name(name), reader.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch the shard again") from error
+
+
+def shards(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, all of which exist."""
+    path = Path(path)
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
+        files = [path / name for name in names]
+    else:
+        files = [path / SINGLE]
+    for file in files:
+        if not file.is_file():
+            wanted = f"named in {INDEX} but missing" if index.is_file() else "missing"
+            raise FileNotFoundError(f"{file}: {wanted}; the checkpoint directory is incomplete")
+    return files
+
+
+def canonical_name(name: str) -> str:
+    """Maps the names of text-only Qwen3 and of older Qwen3-VL exports onto ours."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model.") and not name.startswith(("model.language_model.", "model.visual.")):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name
+
+
+def save_pretrained(state_dict: Mapping[str, Tensor], source: str | Path, out: str | Path) -> None:
+    """Writes a Hugging Face directory: the weights, and `source`'s config, tokenizer, template and processor files.
+
+    A text-only Qwen3 gets back its own parameter names. `out` appears whole or not at all.
+    """
+    source, out = Path(source), Path(out)
+    text_only = json.loads((source / "config.json").read_text())["model_type"] == "qwen3"
+    rename = (lambda name: name.replace("model.language_model.", "model.", 1)) if text_only else (lambda name: name)
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name != INDEX:
+            shutil.copy2(file, temporary / file.name)
+    tensors = {rename(name): tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, temporary / SINGLE, metadata={"format": "pt"})
+    if out.exists():
+        shutil.rmtree(out)
+    temporary.rename(out)
+
+
+def _some(names: list[str] | set[str]) -> str:
+    head = ", ".join(sorted(names)[:3])
+    return f"({head}{', …' if len(names) > 3 else ''})" if names else ""
