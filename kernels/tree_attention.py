@@ -1,0 +1,51 @@
+"""Attention over a packed tree of token runs, where a token is seen by its own subtree: forward and backward."""
+
+import torch
+
+
+def tree_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention in which query i sees key t iff t <= i < subtree_end[t]. Returns [T, Hq, D] in the dtype of q.
+
+    q: [T, Hq, D]; k, v: [T, Hk, D] with Hq a multiple of Hk (query head h reads KV head h * Hk // Hq).
+    subtree_end: [T] int32 or int64, t < subtree_end[t] <= T: one past the last packed token of the subtree headed by
+    t's run, in depth-first order. Independent sequences side by side are the special case of trees of one run.
+    scale: factor on the scores before the softmax. Differentiable in q, k and v; the result and the gradients do not
+    depend on the number of threads. Raises ValueError for shapes or a subtree_end that do not fit.
+    """
+    _check(q, k, v, subtree_end)
+    return tree_attention_reference(q, k, v, subtree_end, scale)
+
+
+def tree_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """tree_attention in plain torch with a dense mask, any device and dtype; softmax in at least fp32."""
+    tokens, heads, _ = q.shape
+    compute = torch.promote_types(q.dtype, torch.float32)
+    group = heads // k.shape[1]
+    index = torch.arange(tokens, device=q.device)
+    if bool(((subtree_end <= index) | (subtree_end > tokens)).any()):
+        raise ValueError(f"tree_attention: every subtree_end[t] must lie in t + 1 .. {tokens}")
+    visible = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])  # [query, key]
+    keys = k.to(compute).repeat_interleave(group, dim=1)
+    values = v.to(compute).repeat_interleave(group, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", q.to(compute), keys) * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hij,jhd->ihd", weights, values).to(q.dtype)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"tree_attention: q {tuple(q.shape)} must be [T, Hq, D], and k {tuple(k.shape)} and v {tuple(v.shape)} "
+            "[T, Hk, D] with the same T and D"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"tree_attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} KV heads")
+    if subtree_end.shape != q.shape[:1] or subtree_end.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"tree_attention: subtree_end {tuple(subtree_end.shape)} {subtree_end.dtype} must be int32 or int64 of "
+            f"shape ({q.shape[0]},)"
+        )
