@@ -1,0 +1,237 @@
+"""Command line of the programs: defaults < recipe < `--section.field value`, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+RECIPES = Path(__file__).parent / "recipes"
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+C = TypeVar("C", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe or on the command line, one line a mistake, in the user's words."""
+
+
+def load_config(schema: type[C], argv: Sequence[str] | None = None, *, prog: str, recipe: str) -> C:
+    """The validated configuration of `prog`; a mistake is printed (by rank 0 only) and ends the process with code 2.
+
+    recipe: the embedded recipe that a bare command runs.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(schema, prog, recipe)
+    try:
+        return resolve(schema, argv, parser=parser, recipe=recipe)
+    except ConfigError as error:
+        _exit(prog, error)
+
+
+def resolve(schema: type[C], argv: Sequence[str], *, recipe: str, parser: argparse.ArgumentParser | None = None) -> C:
+    """As `load_config`; raises ConfigError."""
+    parser = parser or _parser(schema, "axpo", recipe)
+    fields = dict(leaf_fields(schema))
+    options = _parse(parser, argv, fields)
+    chosen = options.pop("recipe", None) or recipe
+    values: dict[str, dict[str, Any]] = read_recipe(chosen)
+    source = dict.fromkeys(_dotted(values), f"recipe {chosen}: ")
+    for name, text in options.items():
+        section, leaf = name.split(".")
+        if not isinstance(values.setdefault(section, {}), dict):
+            continue  # reported below, with the recipe's other mistakes
+        values[section][leaf] = _value(fields[name], text)
+        source[name] = "--"
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, source, fields, values) for e in error.errors())) from None
+
+
+def leaf_fields(schema: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """('section.field', its description and bounds), in the order of the schema."""
+    for section, info in schema.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name, leaf in info.annotation.model_fields.items():
+            yield f"{section}.{name}", leaf
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The values of an embedded recipe (by its name) or of a TOML file (by its path); ConfigError when it has none."""
+    is_path = recipe.endswith(".toml") or os.sep in recipe
+    path = Path(recipe) if is_path else RECIPES / f"{recipe}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        names = recipe_names()
+        known = f"the embedded recipes are {', '.join(names)}"
+        raise ConfigError(f"recipe {recipe!r}: no such file or recipe{_nearest(recipe, names)}; {known}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {recipe!r}: not a TOML file ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {recipe!r}: not valid TOML: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _parser(schema: type[BaseModel], prog: str, recipe: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"[torchrun] -m {prog}" if prog.startswith("axpo.") else prog,
+        description=(schema.__doc__ or "").strip().splitlines()[0],
+        epilog=f"Later wins: defaults, recipe, options. Embedded recipes: {', '.join(recipe_names())}.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+        usage="%(prog)s [recipe.toml or recipe name] [--section.field value ...]",
+    )
+    parser.add_argument("recipe", nargs="?", help=f"TOML file or embedded recipe (default: {recipe})")
+    tuned = _dotted(read_recipe(recipe))
+    groups: dict[str, Any] = {}
+    for name, info in leaf_fields(schema):
+        section = name.split(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        shown = f"default: {_show(_default(schema, name))}"
+        if tuned.get(name, _default(schema, name)) != _default(schema, name):
+            shown += f"; recipe {recipe}: {_show(tuned[name])}"
+        description = f"{info.description} ({shown})".replace("%", "%%")
+        groups[section].add_argument(f"--{name}", metavar=_metavar(info), help=description, **_arity(info))
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], fields: dict[str, FieldInfo]) -> dict[str, str]:
+    """Option texts by dotted name, and the positional recipe; unknown options and stray words are ConfigErrors."""
+    joined: list[str] = []
+    words = iter(range(len(argv)))
+    for i in words:
+        word, following = argv[i], argv[i + 1] if i + 1 < len(argv) else None
+        if word in ("-h", "--help"):
+            parser.print_help()
+            raise SystemExit(0)
+        if not word.startswith("-"):
+            joined.append(word)
+            continue
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if name not in fields:
+            shown = word.partition("=")[0]
+            raise ConfigError(f"{shown}: unknown field{_nearest(name.lstrip('-'), fields)}; --help lists all fields")
+        if equals:
+            joined.append(word)
+        elif fields[name].annotation is bool and (following is None or _no_value(following)):
+            joined.append(f"{word}=true")
+        elif following is None or following.startswith("--"):
+            raise ConfigError(f"--{name}: needs a value ({_metavar(fields[name])})")
+        else:  # joined here, since argparse takes a value like -1e-3 for an option
+            joined.append(f"{word}={following}")
+            next(words)
+    stray = [word for word in joined if not word.startswith("--")]
+    if len(stray) > 1:
+        raise ConfigError(f"one recipe at most, got {', '.join(map(repr, stray))}; options are --section.field value")
+    return vars(parser.parse_args(joined))
+
+
+def _no_value(word: str) -> bool:
+    """Whether the word behind a bare truth-value option is something else: the next option, or the recipe."""
+    return word.startswith("-") or word.endswith(".toml") or word in recipe_names()
+
+
+def _value(info: FieldInfo, text: str) -> Any:
+    """Lists from JSON or comma-separated words, truth values from their usual words; pydantic parses numbers."""
+    if info.annotation is bool:
+        return True if text.lower() in _TRUE else False if text.lower() in _FALSE else text
+    if get_origin(info.annotation) in (list, tuple):
+        if text.lstrip().startswith("["):
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError:
+                return text
+        return [word.strip() for word in text.split(",") if word.strip()]
+    return text
+
+
+def _explain(error: ErrorDetails, source: dict[str, str], fields: dict[str, FieldInfo], values: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors: where the value is from, field, value, what is wrong, a way out."""
+    name = ".".join(str(part) for part in error["loc"][:2])
+    sections = dict.fromkeys(field.split(".")[0] for field in fields)
+    origin = source.get(name, "")
+    if error["type"] == "value_error":  # the messages of config.py name field and value themselves
+        return error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        where = source.get(name) or next((v for k, v in source.items() if k.startswith(f"{name}.")), "")
+        return f"{where}{name}: unknown field{_nearest(name, [*fields, *sections])}"
+    if name not in fields:
+        return f"{origin}{name} = {error['input']!r}: must be a table of fields"
+    message = re.sub(r"^(Input|String|List|Tuple) should", "must", error["msg"])
+    if error["type"] in ("missing", "too_long"):  # of a tuple such as optim.betas
+        message = f"must have {len(get_args(fields[name].annotation))} values"
+        error["input"] = values[name.split(".")[0]][name.split(".")[1]]
+    hint = ""
+    if get_origin(fields[name].annotation) is Literal:
+        hint = _nearest(str(error["input"]), [str(choice) for choice in get_args(fields[name].annotation)])
+    return f"{origin}{name} = {error['input']!r}: {message}{hint}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' with the nearest known name, by its whole or its last part; empty when nothing is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        leaves = {word.split(".")[-1]: word for word in reversed(known)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """{'section.field': value}; a top-level value keeps its bare name."""
+    flat: dict[str, Any] = {}
+    for section, content in values.items():
+        flat |= {f"{section}.{k}": v for k, v in content.items()} if isinstance(content, dict) else {section: content}
+    return flat
+
+
+def _default(schema: type[BaseModel], name: str) -> Any:
+    section, leaf = name.split(".")
+    return getattr(schema.model_fields[section].default, leaf)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return json.dumps(list(value))
+    return "''" if value == "" else str(value)
+
+
+def _metavar(info: FieldInfo) -> str:
+    kind = info.annotation
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if kind is bool:
+        return "true|false"
+    if get_origin(kind) in (list, tuple):
+        return "A,B,…"
+    return "INT" if kind is int else "FLOAT" if kind is float else "TEXT"
+
+
+def _arity(info: FieldInfo) -> dict[str, str]:
+    return {"nargs": "?"} if info.annotation is bool else {}
+
+
+def _exit(prog: str, error: ConfigError) -> NoReturn:
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in str(error).splitlines():
+            print(f"{prog}: error: {line}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,237 @@
+"""Every setting of a run: typed, bounded and described; the command line, recipes and config.toml are made from this.
+
+Imports neither torch nor transformers, so that a mistake is reported before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+CountOrOff = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    """Unknown names, infinities and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Run(_Section):
+    name: str = Field(
+        default="mini-axpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its directory"
+    )
+    dir: str = Field(default="runs", min_length=1, description="parent of run directories")
+    steps: Count = Field(default=100, description="training steps in all, those before a resume included")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the data order and of every sampled token")
+    resume: bool = Field(default=False, description="continue the existing run directory from its last checkpoint")
+
+
+class Model(_Section):
+    path: str = Field(
+        default="mini",
+        min_length=1,
+        description="'mini' (the embedded SFT checkpoint) or a Hugging Face checkpoint directory",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="compute dtype of engine and trainer; the trainer's master weights are float32"
+    )
+
+
+class Data(_Section):
+    task: Literal["mini", "jsonl"] = Field(
+        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (your own questions and images)"
+    )
+    path: str = Field(
+        default="", description="task 'jsonl': file of rows {id, question, images: [paths], answer}, to train on"
+    )
+    heldout_path: str = Field(
+        default="", description="task 'jsonl': the same for evaluation; empty needs eval.questions = 0"
+    )
+
+    @model_validator(mode="after")
+    def _paths_belong_to_jsonl(self) -> Data:
+        if self.task == "jsonl" and not self.path:
+            raise ValueError("data.path = '': task 'jsonl' needs a file of rows; set data.path")
+        if self.task != "jsonl" and (self.path or self.heldout_path):
+            name, value = ("path", self.path) if self.path else ("heldout_path", self.heldout_path)
+            raise ValueError(f"data.{name} = {value!r}: only task 'jsonl' reads a file; set data.task to 'jsonl'")
+        return self
+
+
+class Rollout(_Section):
+    questions_per_step: Count = Field(default=64, description="questions B of a step, over all ranks")
+    max_turns: Count = Field(default=3, description="turns of a trajectory; a turn ends in a tool call or an answer")
+    max_new_tokens: Count = Field(default=4096, description="sampled tokens of a whole trajectory")
+    max_tokens: Count = Field(
+        default=16384, description="context limit: prompt, images, sampled tokens and observations"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0.0, le=10.0, description="sampling temperature; training scores at the same"
+    )
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="nucleus sampling; training needs 1 (off)")
+    top_k: CountOrOff = Field(default=0, description="top-k sampling; training needs 0 (off)")
+    kv_cache_bytes: int = Field(default=2**30, ge=2**20, description="memory of the engine's paged KV cache, in bytes")
+    max_batch_tokens: Count = Field(default=8192, description="tokens that one engine step computes at most")
+    tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
+
+    @model_validator(mode="after")
+    def _sampled_is_trained(self) -> Rollout:
+        if self.top_p < 1.0 or self.top_k > 0:
+            name, value, off = ("top_p", self.top_p, 1.0) if self.top_p < 1.0 else ("top_k", self.top_k, 0)
+            raise ValueError(
+                f"rollout.{name} = {value}: truncated sampling biases the log-probabilities that training uses; "
+                f"set it to {off} (eval.{name} is free)"
+            )
+        if self.max_new_tokens >= self.max_tokens:
+            raise ValueError(
+                f"rollout.max_new_tokens = {self.max_new_tokens}: not below rollout.max_tokens = {self.max_tokens}: "
+                "the context also holds the prompt and its images"
+            )
+        return self
+
+
+class Algo(_Section):
+    name: Literal["grpo", "axpo"] = Field(default="axpo", description="grpo: no resampling; axpo: with it")
+    group_size: int = Field(default=8, ge=2, description="rollouts N of a question")
+    resamples_per_prefix: int = Field(default=4, ge=2, description="continuations K of a fixed prefix")
+    budget_ratio: float = Field(
+        default=0.25,
+        ge=0.0,
+        le=100.0,
+        description="extra continuations r of a step, as a share of its B·N rollouts; 0 is GRPO",
+    )
+    rank: Literal["confidence", "entropy", "random"] = Field(
+        default="confidence",
+        description="which prefix is resampled first: least confident call, highest exact entropy, chance",
+    )
+    question_order: Literal["rank", "data"] = Field(
+        default="rank",
+        description="breadth-first order of triggered questions: by the rank of their best prefix, or as drawn",
+    )
+    prefix_reward: Literal["original", "joint"] = Field(
+        default="original",
+        description="rewards that normalise r_prefix: the group's original ones, or with all its sources' r_prefix in",
+    )
+    mask_failed_suffix: bool = Field(
+        default=True, description="mask a source's own continuation also when no resample of its prefix succeeded"
+    )
+    std_eps: float = Field(
+        default=1e-6, gt=0.0, le=1.0, description="added to the sample standard deviation of a group"
+    )
+
+    @property
+    def resampling_ratio(self) -> float:
+        """`budget_ratio`, or 0 under grpo."""
+        return self.budget_ratio if self.name == "axpo" else 0.0
+
+
+class Loss(_Section):
+    clip_low: float = Field(
+        default=0.2, gt=0.0, lt=1.0, description="the probability ratio is clipped below 1 − clip_low"
+    )
+    clip_high: float = Field(
+        default=0.4, gt=0.0, le=100.0, description="the probability ratio is clipped above 1 + clip_high"
+    )
+    kl_coef: float = Field(
+        default=1e-3, ge=0.0, le=100.0, description="weight β of the KL to the fixed reference; 0 is off"
+    )
+    aggregation: Literal["token", "sequence"] = Field(
+        default="token", description="mean over all trained tokens of the step, or over the means of its trajectories"
+    )
+
+
+class Optim(_Section):
+    lr: float = Field(default=1e-6, gt=0.0, le=1.0, description="peak learning rate of AdamW")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's moment decays")
+    eps: float = Field(default=1e-8, gt=0.0, le=1.0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=10.0, description="decoupled weight decay of matrices")
+    grad_clip: float = Field(default=1.0, ge=0.0, description="largest global gradient norm; 0 is off")
+    warmup_steps: CountOrOff = Field(default=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="learning rate after the warm-up: constant, or down to 0 at run.steps"
+    )
+
+
+class Train(_Section):
+    micro_batch_tokens: Count = Field(
+        default=8192, description="packed tokens of one forward and backward pass on a rank"
+    )
+
+
+class Checkpoint(_Section):
+    every: CountOrOff = Field(default=20, description="steps between checkpoints; 0: only after the last step")
+    keep: Count = Field(default=2, description="newest checkpoints kept")
+
+
+class Eval(_Section):
+    questions: CountOrOff = Field(default=256, description="held-out questions; 0: no evaluation")
+    samples: Count = Field(default=4, description="rollouts a question, k of Pass@k")
+    temperature: float = Field(default=0.7, ge=0.0, le=10.0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(default=0.8, gt=0.0, le=1.0, description="nucleus sampling; 1 is off")
+    top_k: CountOrOff = Field(default=20, description="top-k sampling; 0 is off")
+    max_turns: Count = Field(default=5, description="turns of a trajectory")
+    every: CountOrOff = Field(default=0, description="steps between evaluations; 0: only before and after the run")
+
+
+class Log(_Section):
+    tensorboard: bool = Field(default=True, description="write TensorBoard events")
+    console: bool = Field(default=True, description="show progress; without a terminal, one line a step")
+    trees_in_report: CountOrOff = Field(default=8, description="question trees drawn in report.html")
+
+
+class Config(_Section):
+    """A reinforcement learning run (axpo.train)."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    algo: Algo = Algo()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _heldout_rows(self) -> Config:
+        if self.data.task == "jsonl" and self.eval.questions and not self.data.heldout_path:
+            raise ValueError("data.heldout_path = '': evaluation needs held-out rows; set it, or eval.questions to 0")
+        return self
+
+
+class Sft(_Section):
+    batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
+    from_scratch: bool = Field(
+        default=False, description="draw fresh weights; take only shapes and tokenizer from model.path"
+    )
+    export: str = Field(
+        default="", description="also write the trained model to this directory; empty: <run>/policy only"
+    )
+
+
+class SftConfig(_Section):
+    """Supervised fine-tuning on the task's teacher trajectories (axpo.sft)."""
+
+    run: Run = Run(name="mini-sft")
+    model: Model = Model()
+    data: Data = Data()
+    sft: Sft = Sft()
+    optim: Optim = Optim(lr=1e-5, schedule="cosine")
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+
+def to_toml(config: BaseModel) -> str:
+    """The resolved configuration as TOML that `axpo.train` reads back; run.resume is always false in it."""
+    sections: dict[str, dict[str, Any]] = config.model_dump(mode="json")
+    if "run" in sections:
+        sections["run"]["resume"] = False
+    return tomli_w.dumps(sections)
