@@ -1,0 +1,153 @@
+"""Random rollouts, resamples and a tiny Qwen3-VL for the tests of the algorithm and the trainer."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
+from engine.positions import ImageSpan, place_image, positions
+from engine.processor import ImageInput
+
+VISION_START, VISION_END, IMAGE, OPEN, CLOSE, END, FIRST_TEXT, VOCAB = 1, 2, 3, 4, 5, 6, 8, 48
+MERGE, PATCH_DIM = 2, 3 * 2 * 4 * 4
+
+
+def text(rng: random.Random, low: int, high: int) -> list[int]:
+    return [rng.randrange(FIRST_TEXT, VOCAB) for _ in range(rng.randint(low, high))]
+
+
+def image(rng: random.Random) -> ImageInput:
+    height, width = MERGE * rng.randint(1, 3), MERGE * rng.randint(1, 3)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(size=(height * width, PATCH_DIM))
+    pixels = torch.from_numpy(noise.astype(np.float32))
+    return ImageInput(pixels, (1, height, width), height * width // MERGE**2, rng.randbytes(16))
+
+
+def image_tokens(picture: ImageInput) -> list[int]:
+    return [VISION_START, *[IMAGE] * picture.num_tokens, VISION_END]
+
+
+def mrope(tokens: list[int], images: list[ImageInput]) -> np.ndarray:
+    spans: list[ImageSpan] = []
+    index = 0
+    for picture in images:
+        index = tokens.index(IMAGE, index)
+        spans.append(place_image(spans, index, picture.grid_thw, MERGE))
+        index = spans[-1].stop
+    return positions(spans, 0, len(tokens))
+
+
+class _Draft:
+    """Tokens with their roles and images, as the agent loop would append them."""
+
+    def __init__(self, rng: random.Random, source: Trajectory | None = None, keep: int = 0):
+        self.rng = rng
+        self.tokens = source.tokens[:keep] if source else []
+        self.roles = source.roles[:keep] if source else []
+        pads = self.tokens.count(IMAGE)
+        self.images: list[ImageInput] = []
+        for picture in source.images if source else []:
+            if sum(p.num_tokens for p in self.images) < pads:
+                self.images.append(picture)
+        self.calls: list[ToolCall] = []
+
+    def add(self, tokens: list[int], role: int) -> "_Draft":
+        self.tokens = [*self.tokens, *tokens]
+        self.roles = [*self.roles, *[role] * len(tokens)]
+        return self
+
+    def add_image(self, picture: ImageInput, role: int) -> "_Draft":
+        self.images.append(picture)
+        return self.add(image_tokens(picture), role)
+
+    def call(self, tag_is_there: bool = False) -> "_Draft":
+        start = len(self.tokens) - tag_is_there
+        self.add([*([] if tag_is_there else [OPEN]), *text(self.rng, 1, 6), CLOSE], SAMPLED)
+        self.calls.append(ToolCall("image_zoom_in", {"label": "x"}, True, None, 0, start, len(self.tokens)))
+        self.add([END], SAMPLED).add(text(self.rng, 1, 3), OBSERVATION)
+        self.add_image(image(self.rng), OBSERVATION).add(text(self.rng, 1, 3), OBSERVATION)
+        return self
+
+    def finish(self, template: dict, reward: float, source: Trajectory | None = None, fork: int = 0) -> Trajectory:
+        self.add([*text(self.rng, 1, 5), END], SAMPLED)
+        sampled = [role == SAMPLED for role in self.roles]
+        logprobs = [-self.rng.expovariate(1.0) if s else None for s in sampled]
+        entropies = [self.rng.expovariate(1.0) if s else None for s in sampled]
+        if source:
+            logprobs[:fork], entropies[:fork] = source.logprobs[:fork], source.entropies[:fork]
+        return Trajectory(
+            **template,
+            tokens=self.tokens,
+            roles=self.roles,
+            loss_mask=[0] * len(self.tokens),
+            logprobs=logprobs,
+            entropies=entropies,
+            advantages=[0.0] * len(self.tokens),
+            reward=reward,
+            status="answered",
+            tool_calls=self.calls,
+            confidence=None,
+            text="…",
+            images=self.images,
+            positions=mrope(self.tokens, self.images),
+        )
+
+
+def random_group(
+    rng: random.Random, group: int = 0, size: int = 4, tool_rate: float = 0.5, success_rate: float = 0.3
+) -> list[Trajectory]:
+    """N rollouts of one question, whose prompt shows one or two images."""
+    prompt = _Draft(rng).add(text(rng, 2, 4), PROMPT)
+    for _ in range(rng.randint(1, 2)):
+        prompt.add_image(image(rng), PROMPT)
+    prompt.add(text(rng, 2, 5), PROMPT)
+    rollouts = []
+    for index in range(size):
+        draft = _Draft(rng).add(prompt.tokens, PROMPT)
+        draft.images = list(prompt.images)
+        draft.add(text(rng, 2, 6), SAMPLED)
+        if rng.random() < tool_rate:
+            draft.call()
+            if rng.random() < 0.5:
+                draft.add(text(rng, 1, 3), SAMPLED).call()
+        template = {
+            "step": 1,
+            "question_id": f"q{group}",
+            "group": group,
+            "id": f"{group}.{index}",
+            "parent": None,
+            "fork_token": None,
+            "prompt_len": len(prompt.tokens),
+        }
+        rollouts.append(draft.finish(template, float(rng.random() < success_rate)))
+    return rollouts
+
+
+def random_resamples(
+    rng: random.Random, source: Trajectory, count: int = 4, success_rate: float = 0.4
+) -> list[Trajectory]:
+    """K continuations from one past the opening tag of the source's first call."""
+    call = source.first_call
+    assert call is not None
+    fork = call.start + 1
+    out = []
+    for index in range(count):
+        template = {
+            "step": source.step,
+            "question_id": source.question_id,
+            "group": source.group,
+            "id": f"{source.id}/{index}",
+            "parent": source.id,
+            "fork_token": fork,
+            "prompt_len": source.prompt_len,
+        }
+        draft = _Draft(rng, source, fork).call(tag_is_there=True)
+        out.append(draft.finish(template, float(rng.random() < success_rate), source, fork))
+    return out
+
+
+def alone(trajectory: Trajectory, trained_from: int = 0) -> Trajectory:
+    """The same trajectory as an independent sequence: what packing must not change."""
+    return replace(trajectory, parent=None, fork_token=None, loss_mask=list(trajectory.loss_mask))

@@ -1,0 +1,43 @@
+"""Group-normalised advantages: the tables of PAPER.md."""
+
+import random
+
+import numpy as np
+import pytest
+
+from axpo.advantage import group_advantages, prefix_advantage
+
+
+@pytest.mark.parametrize(
+    ("successes", "right", "wrong"),
+    [(1, 1.5, -0.5), (2, 0.866, -0.866), (3, 0.5, -1.5), (0, 0.0, 0.0), (4, 0.0, 0.0)],
+)
+def test_four_continuations(successes: int, right: float, wrong: float):
+    advantages = group_advantages([1.0] * successes + [0.0] * (4 - successes))
+    assert advantages == pytest.approx([right] * successes + [wrong] * (4 - successes), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("others", "recovered", "failed"),
+    [(0, 2.475, 0.0), (1, 1.620, -0.354), (2, 1.208, -0.540), (3, 0.935, -0.725), (7, 0.0, -2.475)],
+)
+def test_prefix_in_a_group_of_eight(others: int, recovered: float, failed: float):
+    rewards = [1.0] * others + [0.0] * (8 - others)
+    assert prefix_advantage(rewards, 7, recovered=True) == pytest.approx(recovered, abs=6e-4)
+    assert prefix_advantage(rewards, 7, recovered=False) == pytest.approx(failed, abs=6e-4)
+
+
+def test_against_the_formula_and_the_original_rewards_stay():
+    seed = random.getrandbits(32)
+    rng = np.random.default_rng(seed)
+    rewards = [*rng.integers(0, 2, 16).astype(float).tolist(), 1.0, 0.0]
+    kept = list(rewards)
+    expected = [(r - np.mean(rewards)) / (np.std(rewards, ddof=1) + 1e-6) for r in rewards]
+    assert group_advantages(rewards) == pytest.approx(expected, rel=1e-12), f"seed {seed}"
+    prefix_advantage(rewards, 17, recovered=True)
+    assert rewards == kept
+
+
+@pytest.mark.parametrize("rewards", [[], [1.0], [0.1] * 7, [1 / 3] * 3])
+def test_no_spread_gives_exactly_zero(rewards: list[float]):
+    assert group_advantages(rewards).tolist() == [0.0] * len(rewards)

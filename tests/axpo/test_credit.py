@@ -1,0 +1,102 @@
+"""Credit assignment: one source a token, the values of PAPER.md on the right tokens, GRPO when nothing is resampled."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axpo.advantage import assign_credit, group_advantages, prefix_advantage
+from axpo.trajectory import SAMPLED, Trajectory
+from tests.axpo.factory import random_group, random_resamples
+
+Resamples = dict[str, list[Trajectory]]
+
+
+def random_step(seed: int) -> tuple[list[list[Trajectory]], Resamples]:
+    rng = random.Random(seed)
+    groups = [random_group(rng, group, size=4) for group in range(3)]
+    sources = [r for group in groups for r in group if r.used_tool and rng.random() < 0.6]
+    return groups, {source.id: random_resamples(rng, source) for source in sources}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.booleans())
+def test_every_generated_token_is_trained_from_exactly_one_place(seed: int, mask_failed_suffix: bool):
+    groups, resamples = random_step(seed)
+    assign_credit(groups, resamples, mask_failed_suffix=mask_failed_suffix)
+    trained: dict[tuple[str, int], int] = {}
+    for trajectory in [t for group in [*groups, *resamples.values()] for t in group]:
+        for i, role in enumerate(trajectory.roles):
+            owner = trajectory.id if i >= (trajectory.fork_token or 0) else trajectory.parent
+            assert trajectory.loss_mask[i] <= (role == SAMPLED)
+            assert trajectory.loss_mask[i] or trajectory.advantages[i] == 0
+            if role == SAMPLED:
+                trained[owner or "", i] = trained.get((owner or "", i), 0) + trajectory.loss_mask[i]
+    for (owner, i), count in trained.items():
+        continuations = resamples.get(owner, [])
+        masked = False
+        if continuations and i >= (continuations[0].fork_token or 0):
+            masked = mask_failed_suffix or any(c.correct for c in continuations)
+        assert count == (0 if masked else 1), (owner, i)
+
+
+def test_values_of_each_role():
+    seed = random.getrandbits(32)
+    groups, resamples = random_step(seed)
+    assign_credit(groups, resamples)
+    for group in groups:
+        rewards = [rollout.reward for rollout in group]
+        plain = group_advantages(rewards)
+        for index, rollout in enumerate(group):
+            continuations = resamples.get(rollout.id)
+            expected = plain[index]
+            if continuations:
+                expected = prefix_advantage(rewards, index, any(c.correct for c in continuations))
+                own = group_advantages([c.reward for c in continuations])
+                for continuation, advantage in zip(continuations, own, strict=True):
+                    assert trained_values(continuation) <= {float(advantage)}, f"seed {seed}"
+            assert trained_values(rollout) <= {float(expected)}, f"seed {seed}"
+
+
+def trained_values(trajectory: Trajectory) -> set[float]:
+    return {a for a, trained in zip(trajectory.advantages, trajectory.loss_mask, strict=True) if trained}
+
+
+def test_two_sources_of_one_group_start_from_the_original_rewards():
+    rng = random.Random(5)
+    group = [replace(rollout, reward=0.0) for rollout in random_group(rng, size=4, tool_rate=1.0)]
+    group[3].reward = 1.0
+    resamples = {}
+    for source in group[:2]:
+        resamples[source.id] = [replace(c, reward=1.0) for c in random_resamples(rng, source)]
+    assign_credit([group], resamples)
+    assert trained_values(group[0]) == {float(group_advantages([1.0, 0.0, 0.0, 1.0])[0])}
+    assert trained_values(group[1]) == {float(group_advantages([0.0, 1.0, 0.0, 1.0])[1])}
+    assert trained_values(group[2]) == {float(group_advantages([0.0, 0.0, 0.0, 1.0])[2])}
+
+
+def test_no_resamples_is_grpo_bit_for_bit():
+    groups, _ = random_step(11)
+    assign_credit(groups, {})
+    for group in groups:
+        rewards = np.array([rollout.reward for rollout in group])
+        std = rewards.std(ddof=1)
+        for rollout in group:
+            assert rollout.loss_mask == [int(role == SAMPLED) for role in rollout.roles]
+            value = float((rollout.reward - rewards.mean()) / (std + 1e-6)) if std else 0.0
+            assert rollout.advantages == [value if role == SAMPLED else 0.0 for role in rollout.roles]
+
+
+def test_a_resample_must_fit_its_source():
+    rng = random.Random(3)
+    group = random_group(rng, tool_rate=1.0)
+    resamples = random_resamples(rng, group[0])
+    with pytest.raises(ValueError, match="unknown rollouts"):
+        assign_credit([group], {"nobody": resamples})
+    with pytest.raises(ValueError, match="does not begin with"):
+        assign_credit([group], {group[1].id: resamples})
+    with pytest.raises(ValueError, match="one token behind its prompt"):
+        assign_credit([group], {group[0].id: [*resamples, replace(resamples[0], fork_token=group[0].prompt_len)]})
