@@ -45,26 +45,21 @@ class Runner:
         samplers: list[Request] = []
         size = self.block_size
         for chunk in chunks:
-            sequence = chunk.request.sequence
-            start = sequence.num_computed if chunk.count else len(sequence) - 1
-            stop = start + max(chunk.count, 1)
+            sequence, start, stop = chunk.request.sequence, chunk.start, chunk.stop
             token_ids.extend(sequence.token_ids[start:stop])
-            delta = sequence.spans[-1].delta if sequence.spans else 0
             if stop - start == 1 and (not sequence.spans or start >= sequence.spans[-1].stop):
-                index.append(start + delta)  # decode: all three axes are the token's own position
+                # Decode: all three axes are the token's own position.
+                index.append(start + (sequence.spans[-1].delta if sequence.spans else 0))
             else:
-                rope.append((len(index), positions(sequence.spans, start, stop)))
+                rope.append((row, positions(sequence.spans, start, stop)))
                 index.extend([0] * (stop - start))
             context.append(stop)
-            if chunk.count == 1:
-                slots.append(sequence.block_table[start // size] * size + start % size)
-                writes.append(row)
-            elif chunk.count:
-                where = np.arange(start, stop)
-                slots.extend((np.asarray(sequence.block_table)[where // size] * size + where % size).tolist())
-                writes.extend(range(row, row + chunk.count))
+            if chunk.writes:
+                table = sequence.block_table
+                slots.extend(table[at // size] * size + at % size for at in range(start, stop))
+                writes.extend(range(row, row + stop - start))
             row += stop - start
-            if stop == len(sequence) and chunk.request.limit > len(sequence):
+            if stop == len(sequence) and chunk.request.limit > stop:
                 last_rows.append(row - 1)
                 samplers.append(chunk.request)
         position_ids = np.tile(np.asarray(index, dtype=np.int64), (3, 1))
@@ -77,7 +72,7 @@ class Runner:
             self._vision(chunks),
         )
         for chunk in chunks:
-            chunk.request.sequence.num_computed += chunk.count
+            chunk.request.sequence.num_computed = chunk.stop
         return self._sample(hidden, last_rows, samplers)
 
     def _attention(
@@ -88,7 +83,7 @@ class Runner:
         for table, out in zip(tables, block_tables, strict=True):
             out[: len(table)] = table
         cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
-        np.cumsum([max(chunk.count, 1) for chunk in chunks], out=cu_seqlens[1:])
+        np.cumsum([chunk.stop - chunk.start for chunk in chunks], out=cu_seqlens[1:])
         return PagedAttention(
             self.kv,
             self._tensor(block_tables),
@@ -105,15 +100,14 @@ class Runner:
         where: list[np.ndarray] = []
         row = 0
         for chunk in chunks:
-            sequence = chunk.request.sequence
-            start, stop = sequence.num_computed, sequence.num_computed + chunk.count
+            sequence, start, stop = chunk.request.sequence, chunk.start, chunk.stop
             if sequence.spans and start < sequence.spans[-1].stop:
                 for span, image in zip(sequence.spans, sequence.images, strict=True):
                     lo, hi = max(span.start, start), min(span.stop, stop)
                     if lo < hi:
                         wanted.append((image, lo - span.start, hi - span.start))
                         where.append(np.arange(row + lo - start, row + hi - start))
-            row += max(chunk.count, 1)
+            row += stop - start
         if not wanted:
             return None
         features = self.vision.encode([image for image, _, _ in wanted])

@@ -35,10 +35,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`count` pending tokens of a request, computed in this step; count 0 is a query of the last token alone."""
+    """The tokens start … stop-1 of a request's sequence, computed in this step.
+
+    With `writes` False it is the last token alone, whose KV is shared already: its query is wanted, to sample what follows.
+    """
 
     request: Request
-    count: int
+    start: int
+    stop: int
+    writes: bool = True
 
 
 class Scheduler:
@@ -111,7 +116,8 @@ class Scheduler:
                     raise OutOfBlocks(
                         f"a sequence of {len(request.sequence)} tokens does not fit the KV cache: {error}"
                     ) from error
-        chunks.append(Chunk(request, count))
+        start = request.sequence.num_computed
+        chunks.append(Chunk(request, start, start + count) if count else Chunk(request, start - 1, start, writes=False))
         return max(count, 1)
 
     def _reserve(self, sequence: Sequence, count: int) -> None:
