@@ -95,7 +95,8 @@ class Scheduler:
         for request in sorted(self.running, key=lambda request: request.pending > 1):
             if budget and request.running:  # an earlier one may have preempted it
                 budget -= self._admit(request, budget, chunks)
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+        preempted = self.preemptions
+        while self.waiting and budget and len(self.running) < self.max_num_seqs and self.preemptions == preempted:
             request = self.waiting[0]
             if chunks and self._missing_blocks(request.sequence, min(request.pending, budget)) > self.pool.num_free:
                 break  # those that run will finish and give blocks back
@@ -112,10 +113,13 @@ class Scheduler:
                 self._reserve(request.sequence, count)
                 break
             except OutOfBlocks as error:
-                if not self._make_room(request, chunks):
-                    raise OutOfBlocks(
-                        f"a sequence of {len(request.sequence)} tokens does not fit the KV cache: {error}"
-                    ) from error
+                if self._make_room(request, chunks):
+                    continue
+                if not chunks:
+                    length = len(request.sequence)
+                    raise OutOfBlocks(f"a sequence of {length} tokens does not fit the KV cache: {error}") from error
+                self._preempt(request)  # the others go on, and make room when they end
+                return 0
         start = request.sequence.num_computed
         chunks.append(Chunk(request, start, start + count) if count else Chunk(request, start - 1, start, writes=False))
         return max(count, 1)
@@ -142,13 +146,16 @@ class Scheduler:
         scheduled = {id(chunk.request) for chunk in chunks}
         for victim in reversed(self.running):
             if victim is not request and id(victim) not in scheduled:
-                victim.sequence.drop_kv()
-                self.running.remove(victim)
-                victim.running = False
-                self.waiting.appendleft(victim)
-                self.preemptions += 1
+                self._preempt(victim)
                 return True
         return False
+
+    def _preempt(self, request: Request) -> None:
+        request.sequence.drop_kv()
+        self.running.remove(request)
+        request.running = False
+        self.waiting.appendleft(request)
+        self.preemptions += 1
 
     def _flush(self) -> None:
         if self._copies:
