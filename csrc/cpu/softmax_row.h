@@ -1,0 +1,73 @@
+// One row of logits: temperature, maximum, and the sums behind log-probability and entropy. Used by the sampler and
+// by the trainer's loss, so that equal logits give equal bits on both sides. Include before anything else: the pragma
+// turns fused multiply-add off in what follows, which makes the sampler's arithmetic the same on every machine.
+#pragma once
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include <limits>
+
+#include "common.h"
+
+namespace axpo {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+static AXPO_INLINE f32x8 load_tail(const float* p, int64_t n, float fill) {
+  float buffer[8];
+  for (int64_t i = 0; i < 8; ++i) buffer[i] = i < n ? p[i] : fill;
+  return load8(buffer);
+}
+
+// z = logits / temperature. Returns the largest z; *invalid becomes true when one is NaN or +inf.
+static AXPO_INLINE float scale_row(const float* logits, float* z, int64_t n, float temperature, bool* invalid) {
+  const f32x8 t = splat8(temperature), inf = splat8(kInfinity);
+  f32x8 top = splat8(-kInfinity);
+  i32x8 bad = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const f32x8 v = load8(logits + i) / t;
+    top = max8(v, top);
+    bad |= !(v < inf);
+    store8(z + i, v);
+  }
+  if (i < n) {
+    const f32x8 v = load_tail(logits + i, n - i, -kInfinity) / t;
+    top = max8(v, top);
+    bad |= !(v < inf);
+    for (int64_t j = 0; i + j < n; ++j) z[i + j] = v[j];
+  }
+  int32_t any = 0;
+  for (int lane = 0; lane < 8; ++lane) any |= bad[lane];
+  *invalid = any != 0;
+  return hmax8(top);
+}
+
+// sum = Σ e^{z−max} and centred = Σ e^{z−max} (z−max): logsumexp = max + log(sum), entropy = log(sum) − centred/sum.
+// Measuring z from the maximum keeps the entropy exact under any common offset. fp32 lanes over 1024 entries, then fp64.
+static AXPO_INLINE void softmax_sums(const float* z, int64_t n, float max, double* sum, double* centred) {
+  constexpr int64_t kSpan = 1024;
+  const f32x8 m = splat8(max), floor = splat8(-100.0f);  // e^-100 is 0 in fp32; keeps -inf * 0 out
+  double total = 0, total_centred = 0;
+  for (int64_t first = 0; first < n; first += kSpan) {
+    const int64_t last = first + kSpan < n ? first + kSpan : n;
+    f32x8 s = splat8(0.0f), t = s;
+    int64_t i = first;
+    for (; i + 8 <= last; i += 8) {
+      const f32x8 d = max8(load8(z + i) - m, floor), e = exp8(d);
+      s += e, t += e * d;
+    }
+    if (i < last) {
+      const f32x8 d = max8(load_tail(z + i, last - i, -kInfinity) - m, floor), e = exp8(d);
+      s += e, t += e * d;
+    }
+    total += sum8(s), total_centred += sum8(t);
+  }
+  *sum = total, *centred = total_centred;
+}
+
+}  // namespace axpo
