@@ -1,0 +1,24 @@
+"""Checks of images that come from outside, so that a bad one is one clear message."""
+
+import warnings
+
+from PIL import Image
+
+
+def check_image(image: Image.Image, name: str) -> None:
+    """Decodes `image` in place.
+
+    Raises:
+        ValueError: it has no pixels, too many of them (Pillow's decompression-bomb limit), or cannot be decoded.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if not image.width or not image.height:
+        raise ValueError(f"{name} is {image.width}x{image.height}: it has no pixels")
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{name} is {image.width}x{image.height}, more than {limit} pixels; scale it down first")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error

@@ -1,0 +1,74 @@
+"""Tasks: where questions come from. `get_task("mini")` is the embedded one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+from PIL import Image
+
+from axpo.images import check_image
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question as the agent loop takes it.
+
+    messages: chat messages; an image is a part {"type": "image"}, text a part {"type": "text", "text": …}.
+    images: one PIL image for every image part, in order. answer: what `axpo.grading.grade` compares with.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+    answer: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.answer, str) or not self.answer.strip():
+            raise ValueError(f"question {self.id!r}: answer is {self.answer!r}; it must be a string that is not empty")
+        if not self.messages or self.messages[-1].get("role") != "user":
+            raise ValueError(f"question {self.id!r}: messages must end with a message of role 'user'")
+        contents = [message["content"] for message in self.messages if isinstance(message["content"], list)]
+        parts = sum(part.get("type") == "image" for content in contents for part in content)
+        if parts != len(self.images):
+            raise ValueError(f"question {self.id!r}: {parts} image parts in messages, but {len(self.images)} images")
+        for index, image in enumerate(self.images):
+            check_image(image, f"question {self.id!r}: image {index}")
+
+
+class Task(Protocol):
+    """A deterministic source of questions: `question` depends on its arguments alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    def size(self, split: Split) -> int:
+        """Number of questions of a split."""
+        ...
+
+    def question(self, split: Split, index: int) -> Question:
+        """Question `index` of `split`; IndexError or ValueError when there is none."""
+        ...
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """The task called `name`; `options` go to its constructor.
+
+    Raises:
+        ValueError: no such task (the message lists those there are).
+    """
+    if name not in _TASKS:
+        raise ValueError(f"unknown task {name!r}; there is: {', '.join(sorted(_TASKS))}")
+    return _TASKS[name](**options)
+
+
+def _mini(**options: Any) -> Task:
+    from axpo.tasks.mini import MiniTask
+
+    return MiniTask(**options)
+
+
+_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini}

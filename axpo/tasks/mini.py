@@ -1,0 +1,60 @@
+"""The embedded task: which digit is on the tile of a colour? Small tiles need `image_zoom_in`, large ones do not."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from axpo.tasks import SPLITS, Question, Split
+from axpo.tasks.scenes import scene
+
+_KEY = 20_260_528  # of this task's random streams
+
+
+class MiniTask:
+    """Scenes drawn from (split, index) alone; held-out ones show digits and parts of photographs that training never does.
+
+    small_share: the share of questions that ask for a small tile, whose digit the overview does not show.
+    `meta` of a question: `target` (index into tiles) and `tiles` (the fields of axpo.tasks.scenes.Tile).
+    """
+
+    name = "mini"
+    tools = ("image_zoom_in",)
+
+    def __init__(self, train_size: int = 20_000, heldout_size: int = 1_024, small_share: float = 0.6):
+        for field, value in (("train_size", train_size), ("heldout_size", heldout_size)):
+            if value < 1:
+                raise ValueError(f"{field} is {value}; it must be at least 1")
+        if not 0 <= small_share <= 1:
+            raise ValueError(f"small_share is {small_share}; it must be between 0 and 1")
+        self._sizes: dict[str, int] = {"train": train_size, "heldout": heldout_size}
+        self._small_share = small_share
+
+    def size(self, split: Split) -> int:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; there is: {', '.join(SPLITS)}")
+        return self._sizes[split]
+
+    def question(self, split: Split, index: int) -> Question:
+        if not 0 <= index < self.size(split):
+            raise IndexError(f"mini/{split} has questions 0 to {self.size(split) - 1}, not {index}")
+        rng = np.random.default_rng([_KEY, SPLITS.index(split), index])
+        pixels, tiles = scene(rng, heldout=split == "heldout")
+        large = rng.random() >= self._small_share
+        candidates = [i for i, tile in enumerate(tiles) if tile.large == large]
+        target = candidates[rng.integers(len(candidates))]
+        tile = tiles[target]
+        meta: dict[str, Any] = {"target": target, "tiles": [asdict(t) for t in tiles]}
+        return Question(
+            id=f"mini/{split}/{index}",
+            messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask(tile.colour)}]}],
+            images=[Image.fromarray(pixels)],
+            answer=str(tile.digit),
+            meta=meta,
+        )
+
+
+def ask(colour: str) -> str:
+    """The text of a question."""
+    return f"What digit is on the {colour} tile?"

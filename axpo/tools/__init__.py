@@ -1,0 +1,120 @@
+"""Tools that the policy may call. `get_tools(["image_zoom_in"])` makes them; `Tool` is what a new one derives from."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a call gave: `text` and `images` are shown to the model; `error` is None exactly when `ok`."""
+
+    ok: bool
+    text: str = ""
+    images: list[Image.Image] = field(default_factory=list)
+    error: str | None = None
+
+    @classmethod
+    def failure(cls, error: str) -> "ToolResult":
+        """A failed call; the model reads the same sentence as the log."""
+        return cls(ok=False, text=f"Error: {error}", error=error)
+
+
+class Tool(ABC):
+    """One function that the model may call. Subclasses set the class variables and write `run`.
+
+    A tool without state serves every trajectory. One with state (an interpreter) returns a fresh object from `session`,
+    which the agent loop calls once a trajectory, and gives up its resources in `close`.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    parameters: ClassVar[dict[str, Any]]  # JSON schema of the arguments
+    inline: ClassVar[bool] = False
+    """Far quicker than a decode step: called on the engine's thread, so that batches do not depend on thread timing."""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The OpenAI function dict that the chat template renders."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+    def session(self) -> "Tool":
+        return self
+
+    def close(self) -> None:  # noqa: B027 - a tool without state has nothing to give up
+        """Gives up what `session` acquired."""
+
+    def call(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
+        """Checks the arguments against the schema, then runs.
+
+        `images` are all images of the conversation so far, earlier crops included. What the model got wrong comes back
+        as a failed result; an exception is a fault of the tool itself.
+        """
+        if (problem := self._argument_problem(arguments)) is not None:
+            return ToolResult.failure(problem)
+        return self.run(arguments, images)
+
+    @abstractmethod
+    def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
+        """Does the work; `arguments` are valid by the schema."""
+
+    @cached_property
+    def _validator(self) -> Draft202012Validator:
+        Draft202012Validator.check_schema(self.parameters)
+        return Draft202012Validator(self.parameters)
+
+    def _argument_problem(self, arguments: Mapping[str, Any]) -> str | None:
+        error = best_match(self._validator.iter_errors(dict(arguments)))
+        if error is None:
+            return None
+        where = ".".join(str(part) for part in error.absolute_path) or "arguments"
+        value = json.dumps(error.instance, default=str)
+        shown = value if len(value) <= 80 else value[:77] + "..."
+        if error.validator in ("required", "additionalProperties"):
+            return f"{where}: {error.message}"
+        return f"{where} is {shown}: {_RULES.get(str(error.validator), error.message)}".replace(
+            "{}", json.dumps(error.validator_value)
+        )
+
+
+# The rule that was broken, in words; {} is what the schema asks for.
+_RULES = {
+    "type": "it must be of type {}",
+    "minItems": "it needs at least {} items",
+    "maxItems": "it takes at most {} items",
+    "minimum": "it must be at least {}",
+    "maximum": "it must be at most {}",
+}
+
+
+def get_tools(names: Iterable[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Tool]:
+    """Makes tools by name, in the order given; `options[name]` are keyword arguments of that tool's constructor.
+
+    Raises:
+        ValueError: no such tool, or a name given twice.
+    """
+    tools: dict[str, Tool] = {}
+    for name in names:
+        if name not in _TOOLS:
+            raise ValueError(f"unknown tool {name!r}; there is: {', '.join(sorted(_TOOLS))}")
+        if name in tools:
+            raise ValueError(f"tool {name!r} is named twice")
+        tools[name] = _TOOLS[name](**(options or {}).get(name, {}))
+    return tools
+
+
+def _image_zoom_in(**options: Any) -> Tool:
+    from axpo.tools.image_zoom_in import ImageZoomIn
+
+    return ImageZoomIn(**options)
+
+
+_TOOLS: dict[str, Callable[..., Tool]] = {"image_zoom_in": _image_zoom_in}
