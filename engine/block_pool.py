@@ -61,8 +61,8 @@ class BlockPool:
     def writable(self, block_table: list[int], num_computed: int) -> BlockCopy | None:
         """Makes the block that token `num_computed` goes to the table's own, if the table already reaches it.
 
-        Returns the copy to run before the write, when the block was shared: the writer moves to a fresh block and the other
-        holders keep the old one. Raises OutOfBlocks, changing nothing.
+        Returns the copy to run before the write, when the block was shared: the writer moves to a fresh block and the
+        other holders keep the old one. Raises OutOfBlocks, changing nothing.
         """
         index, valid = divmod(num_computed, self.block_size)
         if index >= len(block_table) or self.refs[block_table[index]] == 1:

@@ -119,7 +119,9 @@ class LLM:
             return []
         chunks = self.scheduler.schedule()
         for chunk in chunks:
-            self._counts["decode_tokens" if chunk.stop - chunk.start == 1 else "prefill_tokens"] += chunk.stop - chunk.start
+            self._counts["decode_tokens" if chunk.stop - chunk.start == 1 else "prefill_tokens"] += (
+                chunk.stop - chunk.start
+            )
         sampled = self.runner.step(chunks)
         self._counts["steps"] += 1
         finished = [chunk.request for chunk in chunks if chunk.request.limit == chunk.request.start]

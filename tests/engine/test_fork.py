@@ -136,7 +136,9 @@ def test_a_fork_allocates_nothing_until_it_writes_and_then_one_block(llm: LLM, l
         before = llm.stats()
         children = root.fork(n=3)
         assert llm.stats()["blocks_used"] == before["blocks_used"]
-        llm.run(children, [params(seed, 1) for seed in range(3)])  # the query of the last token alone: nothing is written
+        llm.run(
+            children, [params(seed, 1) for seed in range(3)]
+        )  # the query of the last token alone: nothing is written
         assert llm.stats()["blocks_used"] == before["blocks_used"]
         assert llm.stats()["blocks_copied"] == before["blocks_copied"]
         llm.prefill(children)  # writes the sampled token

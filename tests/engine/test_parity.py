@@ -96,7 +96,12 @@ def test_text_prefill_and_greedy_equal_transformers(text_checkpoint: Path) -> No
         error = (prefill_logits(llm, tokens, []) - expected).norm() / expected.norm()
         assert error < 1e-4, f"prompt of {len(tokens)}: relative error {error} (seed {seed})"
         greedy = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=64,
+            min_new_tokens=64,
+            pad_token_id=0,
         )
         assert output.outputs[0].token_ids == greedy[0, len(tokens) :].tolist(), f"seed {seed}"
 

@@ -1,0 +1,59 @@
+"""Tokens in, tokens out: the template renders the first prompt and what follows a call, never the history."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from axpo.tools import Tool, ToolResult
+from axpo.tools.parse import Markup, ParsedCall, parse_calls
+from engine import ImageInput, Processor
+
+_TURN = "\N{REPLACEMENT CHARACTER}turn\N{REPLACEMENT CHARACTER}"  # stands for an assistant turn while rendering
+_END_OF_TURN = "<|im_end|>"
+
+
+class Conversation:
+    """How questions, turns and tool results look to one checkpoint with one set of tools."""
+
+    def __init__(self, processor: Processor, tools: dict[str, Tool]):
+        self.processor = processor
+        self.tools = tools
+        self.schemas = [tool.schema for tool in tools.values()] or None
+        self.markup = Markup.of(processor.tokenizer)
+        ids = processor.tokenizer.encode(_END_OF_TURN, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"{processor.path}: {_END_OF_TURN} is {len(ids)} tokens; turns must end in a single token")
+        self.end_of_turn: int = ids[0]
+
+    def prompt(self, messages: list[dict[str, Any]], images: Sequence[ImageInput]) -> list[int]:
+        """Token ids of a question, its tools and the generation prompt."""
+        return self.processor.encode(self.processor.render(messages, self.schemas), images)
+
+    def observation(self, results: Sequence[ToolResult], images: Sequence[ImageInput]) -> list[int]:
+        """Token ids of the tool responses that follow a turn's <|im_end|>, with the next generation prompt."""
+        return self.processor.encode(self.observation_text(results), images)
+
+    def observation_text(self, results: Sequence[ToolResult]) -> str:
+        responses = [{"role": "tool", "content": _content(result)} for result in results]
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}]
+        rendered = self.processor.render(turn + responses)
+        return rendered.partition(_TURN)[2].partition(_END_OF_TURN)[2]
+
+    @cached_property
+    def thinks(self) -> bool:
+        """The generation prompt opens <think>, so that a turn's first tokens are thinking."""
+        return self.processor.render([{"role": "user", "content": "?"}]).rstrip().endswith("<think>")
+
+    def calls(self, turn: Sequence[int]) -> list[ParsedCall]:
+        """The tool calls of one turn's sampled tokens."""
+        decode = self.processor.decode
+        return parse_calls(turn, self.markup, decode, self.tools, thinking=self.thinks, stop=(self.end_of_turn,))
+
+    def inline(self, name: str) -> bool:
+        """An unknown tool fails at once, which needs no thread either."""
+        return name not in self.tools or self.tools[name].inline
+
+
+def _content(result: ToolResult) -> list[dict[str, Any]]:
+    text = [{"type": "text", "text": result.text}] if result.text else []
+    return text + [{"type": "image"} for _ in result.images]
