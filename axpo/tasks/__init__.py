@@ -1,4 +1,4 @@
-"""Tasks: where questions come from. `get_task("mini")` is the embedded one."""
+"""Tasks: where questions come from. `get_task("mini")` is the embedded one, "jsonl" your own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,4 +71,10 @@ def _mini(**options: Any) -> Task:
     return MiniTask(**options)
 
 
-_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini}
+def _jsonl(**options: Any) -> Task:
+    from axpo.tasks.jsonl import JsonlTask
+
+    return JsonlTask(**options)
+
+
+_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _jsonl}
