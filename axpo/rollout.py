@@ -56,10 +56,8 @@ class Branch:
     def sampled(self) -> int:
         return self.roles.count(SAMPLED)
 
-    def record(
-        self, role: int, count: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]
-    ) -> None:
-        self.roles += [role] * count
+    def record(self, role: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]) -> None:
+        self.roles += [role] * len(logprobs)
         self.logprobs += logprobs
         self.entropies += entropies
 
@@ -182,7 +180,7 @@ class Agent:
         ]
 
     def _advance(self, branches: list[Branch], limits: Limits) -> None:
-        """Moves every branch to its end. A branch waits for its own tools only, and decoding for none but inline ones."""
+        """Moves every branch to its end. It waits for its own tools only, and decoding for none but inline ones."""
         by_sequence = {id(branch.sequence): branch for branch in branches}
         tools: dict[Future[list[ToolResult]], Branch] = {}
         for branch in branches:

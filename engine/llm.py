@@ -81,7 +81,7 @@ class LLM:
     def merge(self) -> int:
         return self.config.vision.spatial_merge_size if self.config.vision else 1
 
-    # -- sequences ------------------------------------------------------------------------------------------------------
+    # -- sequences ---------------------------------------------------------------------
 
     def open(self, prompt: Prompt) -> Sequence:
         """A new sequence holding the prompt. Nothing is computed until it runs.
@@ -141,7 +141,7 @@ class LLM:
     def run(
         self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[CompletionOutput]:
-        """Decodes each sequence until it stops; `sampling_params` is one for all or one for each. Sequences stay open."""
+        """Decodes each sequence until it stops; `sampling_params` is one for all or one each. Sequences stay open."""
         params = self._params(sampling_params, len(sequences))
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("the same sequence is given twice; fork it to continue it twice")
@@ -156,7 +156,7 @@ class LLM:
         if request is not None:
             self.scheduler.remove(request)
 
-    # -- vLLM's interface -----------------------------------------------------------------------------------------------
+    # -- vLLM's interface ---------------------------------------------------------------
 
     def generate(
         self,
@@ -204,7 +204,7 @@ class LLM:
         use_tqdm: bool = True,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Renders conversations with the checkpoint's template. An image is a part {"type": "image", "image": PIL or path}."""
+        """Renders conversations with the checkpoint's template; an image is {"type": "image", "image": PIL or path}."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -228,7 +228,7 @@ class LLM:
         self.kv.wake()
 
     def weights_updated(self) -> None:
-        """To be called after the model's weights were changed in place: everything computed with the old ones is dropped."""
+        """To be called after the model's weights changed in place: all that was computed with the old ones is dropped."""
         if self.scheduler.has_work:
             raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
         self.weight_version += 1
@@ -252,7 +252,7 @@ class LLM:
             **self._counts,
         }
 
-    # -- shared by the above and by Sequence ----------------------------------------------------------------------------
+    # -- shared by the above and by Sequence --------------------------------------------
 
     def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
         return [

@@ -1,5 +1,7 @@
 """The KV cache: one tensor for all layers, given back by sleep and taken again by wake."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,14 @@ class KVCache:
         self._per_block = (config.num_kv_heads, block_size, config.head_dim)
         self._layers = config.num_layers
         self._dtype, self._device = dtype, device
-        self.bytes_per_block = (
-            2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
-        )
+        self.bytes_per_block = 2 * self._layers * math.prod(self._per_block) * dtype.itemsize
         self.num_blocks = num_bytes // self.bytes_per_block
         self.blocks_copied = 0
         self.tokens_copied = 0
         if self.num_blocks < 2:
             raise ValueError(
-                f"kv_cache_bytes is {num_bytes}; this model needs {self.bytes_per_block} bytes a block of {block_size} tokens, "
-                "and at least two blocks"
+                f"kv_cache_bytes is {num_bytes}; this model needs {self.bytes_per_block} bytes a block of {block_size} "
+                "tokens, and at least two blocks"
             )
         self._data: Tensor | None = None
         self.wake()

@@ -20,7 +20,7 @@ from engine.positions import ImageSpan, place_image, positions
 class ImageInput:
     """An image as the model takes it.
 
-    pixel_values: [P, patch_dim] fp32; grid_thw: (1, height, width) in patches; num_tokens = P / merge²; key: content hash.
+    pixel_values: [P, patch_dim] fp32; grid_thw: (1, height, width) in patches; num_tokens = P / merge²; key: a hash.
     """
 
     pixel_values: Tensor
@@ -73,7 +73,7 @@ class Processor:
         return ImageInput(torch.from_numpy(pixels), (1, height, width), height * width // merge**2, key)
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
-        """Token ids with one `<|image_pad|>` expanded to as many as its image has tokens; no special tokens are added."""
+        """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
         return self.expand(self.tokenizer.encode(text, add_special_tokens=False), images)
 
     def expand(self, token_ids: Seq[int], images: Seq[ImageInput]) -> list[int]:

@@ -29,7 +29,7 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens without KV. 0 after a fork from computed KV: then only the last token's query runs, and nothing is written."""
+        """Tokens without KV. 0 after a fork from computed KV: then the last token's query runs, nothing is written."""
         return len(self.sequence.token_ids) - self.sequence.num_computed
 
 
@@ -37,7 +37,7 @@ class Request:
 class Chunk:
     """The tokens start … stop-1 of a request's sequence, computed in this step.
 
-    With `writes` False it is the last token alone, whose KV is shared already: its query is wanted, to sample what follows.
+    With `writes` False it is the last token alone, whose KV is there: its query is wanted, to sample what follows.
     """
 
     request: Request
@@ -49,8 +49,8 @@ class Chunk:
 class Scheduler:
     """Decodes first, then prefill in chunks, up to `max_batch_tokens` a step and `max_num_seqs` running.
 
-    When blocks run out, idle sequences lose their KV first and then the latest running request goes back to the queue; both
-    are computed again later (recompute), so no token is lost.
+    When blocks run out, idle sequences lose their KV first and then the latest running request goes back to the queue;
+    both are computed again later (recompute), so no token is lost.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Sequence:
     """Made by `LLM.open` and `fork`; a context manager that closes.
 
-    `num_computed` tokens have their KV in `block_table`; the rest is pending and is computed by the next run, so prompt,
-    observation and last sampled token are one case.
+    `num_computed` tokens have their KV in `block_table`; the rest is pending and is computed by the next run, so
+    prompt, observation and last sampled token are one case.
     """
 
     def __init__(self, llm: LLM, token_ids: list[int], images: list[ImageInput], spans: list[ImageSpan]):
@@ -55,9 +55,10 @@ class Sequence:
         tokens = self._llm.expand(token_ids, inputs)
         self._llm.check_length(len(self) + len(tokens))
         spans = list(self.spans)
-        cursor = 0
+        cursor, placeholder = 0, self._llm.config.image_token_id
         for image in inputs:
-            cursor = tokens.index(self._llm.config.image_token_id, cursor)
+            assert placeholder is not None  # a text-only checkpoint has refused the image
+            cursor = tokens.index(placeholder, cursor)
             spans.append(place_image(spans, len(self) + cursor, image.grid_thw, self._llm.merge))
             cursor += image.num_tokens
         self.token_ids.extend(tokens)
@@ -67,8 +68,8 @@ class Sequence:
     def fork(self, n: int = 1, at: int | None = None) -> list[Sequence]:
         """`n` sequences that begin with the first `at` tokens (default: all) and share their computed KV.
 
-        Full blocks are shared by reference and so is the partial tail, until its first writer copies the valid tokens. The
-        parent stays usable, and may be closed first. The order of fork, extend and close does not matter.
+        Full blocks are shared by reference and so is the partial tail, until its first writer copies the valid tokens.
+        The parent stays usable, and may be closed first. The order of fork, extend and close does not matter.
 
         Raises:
             ValueError: `at` is outside 1 … len(self), or inside an image.

@@ -13,8 +13,8 @@ class PagedAttention:
     """Attention of one step, for `Qwen3VL.forward`.
 
     block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32, context_lens [S] int32 (tokens that the last query
-    sees), slot_mapping [W] int64 (where new K and V go: block * block_size + offset), writes: the W packed rows that are
-    new, or None when all are (a fork's first query re-reads a token whose KV it shares).
+    sees), slot_mapping [W] int64 (where new K and V go: block * block_size + offset), writes: the W packed rows that
+    are new, or None when all are (a fork's first query re-reads a token whose KV it shares).
     """
 
     kv: KVCache

@@ -98,12 +98,9 @@ def _qwen3_vl(raw: dict[str, Any], file: Path) -> ModelConfig:
         rope_theta=_rope(vision).get("rope_theta", 10000.0),
     )
     _require(vision.get("hidden_act", "gelu_pytorch_tanh") == "gelu_pytorch_tanh", file, "vision hidden_act")
-    special = {
-        name: raw.get(name)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    }
+    special = [raw.get(f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")]
     tied = raw.get("tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", False))
-    banned = tuple(sorted({int(token) for token in special.values() if token is not None}))
+    banned = tuple(sorted({int(token) for token in special if token is not None}))
     image_token_id = int(raw.get("image_token_id", 151655))
     return ModelConfig("qwen3_vl", _text(raw["text_config"], file), config, bool(tied), image_token_id, banned)
 
@@ -116,7 +113,7 @@ def _text(raw: dict[str, Any], file: Path) -> TextConfig:
     _require(not raw.get("use_sliding_window", False), file, "use_sliding_window")
     heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    section = rope.get("mrope_section") or (head_dim // 2, 0, 0)
+    time, height, width = rope.get("mrope_section") or (head_dim // 2, 0, 0)
     return TextConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -127,7 +124,7 @@ def _text(raw: dict[str, Any], file: Path) -> TextConfig:
         head_dim=head_dim,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 5e6))),
-        mrope_section=tuple(section),
+        mrope_section=(time, height, width),
         max_position_embeddings=raw["max_position_embeddings"],
         attention_bias=raw.get("attention_bias", False),
     )

@@ -12,7 +12,7 @@ from engine.models.vision import VisionFeatures, VisionInput, VisionTower
 from kernels import add_rmsnorm, linear_logprob_entropy, rmsnorm, rotary, swiglu
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; scaled by D ** -0.5, and whatever masking and caching it does."""
+"""(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; masking, scale and caching are its own matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Qwen3VL(nn.Module):
         vision: VisionInput | None = None,
         predict: Predict | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """input_ids [T] int64, position_ids [3, T] int64 -> hidden [T, H], or (logprob [N], entropy [N]) fp32 with `predict`.
+        """input_ids [T], position_ids [3, T] int64 -> hidden [T, H]; with `predict` (logprob [N], entropy [N]) fp32.
 
         The LM head runs in here, so that a sharded trainer uses it while it is gathered.
         """

@@ -34,8 +34,8 @@ class VisionInput:
     """The images of a packed batch.
 
     token_index: [N] int64, packed positions of the image tokens, in the order of the images.
-    Either raw patches (`pixel_values` [P, patch_dim], `grid_thw` [I, 3] int64 on the CPU, in patches), or `features` that
-    were encoded before.
+    Either raw patches (`pixel_values` [P, patch_dim], `grid_thw` [I, 3] int64 on the CPU, in patches), or `features`
+    that were encoded before.
     """
 
     pixel_values: Tensor | None
@@ -102,7 +102,7 @@ class VisionTower(nn.Module):
 
 
 def frame_layout(height: int, width: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch of one frame, in the order the processor emits them: merge×merge blocks, row-major."""
+    """Row and column of a frame's patches in the order the processor emits them: merge×merge blocks, row-major."""
     row = torch.arange(height)[:, None].expand(height, width)
     col = torch.arange(width)[None, :].expand(height, width)
     blocks = (height // merge, merge, width // merge, merge)
@@ -110,7 +110,7 @@ def frame_layout(height: int, width: int, merge: int) -> tuple[Tensor, Tensor]:
 
 
 class PatchEmbed(nn.Module):
-    """The published checkpoints hold a Conv3d whose stride is its kernel; on flattened patches it is a matrix product."""
+    """The checkpoints hold a Conv3d whose stride is its kernel; on flattened patches it is a matrix product."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -147,12 +147,13 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out, start = [], 0
-        # Frames of one size are one batched call, so that a step's crops cost as many calls as there are sizes in a row.
+        # Frames of one size are one batched call: a step's crops cost as many calls as there are sizes in a row.
         for length, run in groupby(segments):
             count = len(list(run))
             stop = start + count * length
-            batch = [t[start:stop].view(count, length, self.num_heads, -1).transpose(1, 2) for t in (q, k, v)]
-            out.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).reshape(count * length, -1))
+            shape = (count, length, self.num_heads, -1)
+            qs, ks, vs = (t[start:stop].view(shape).transpose(1, 2) for t in (q, k, v))
+            out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).reshape(count * length, -1))
             start = stop
         return self.proj(torch.cat(out) if len(out) > 1 else out[0])
 
