@@ -228,7 +228,7 @@ class LLM:
         self.kv.wake()
 
     def weights_updated(self) -> None:
-        """To be called after the model's weights changed in place: all that was computed with the old ones is dropped."""
+        """To be called after the weights changed in place: all that was computed with the old ones is dropped."""
         if self.scheduler.has_work:
             raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
         self.weight_version += 1

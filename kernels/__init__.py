@@ -1,12 +1,23 @@
 """Operations of the engine and the trainer: each a plain-torch reference beside its compiled form."""
 
 from kernels.kv_cache import copy_blocks, write_kv
+from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.paged_attention import paged_attention
+from kernels.rmsnorm import add_rmsnorm, rmsnorm
+from kernels.rotary import rotary
+from kernels.sampling import sample
+from kernels.swiglu import swiglu
 from kernels.tree_attention import tree_attention
 
 __all__ = [
+    "add_rmsnorm",
     "copy_blocks",
+    "linear_logprob_entropy",
     "paged_attention",
+    "rmsnorm",
+    "rotary",
+    "sample",
+    "swiglu",
     "tree_attention",
     "write_kv",
 ]
