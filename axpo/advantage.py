@@ -1,10 +1,13 @@
 """Advantages and credit: which tokens are trained, and how hard (PAPER.md, "GRPO" and "AXPO" 6)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from axpo.trajectory import SAMPLED, Trajectory
+
+PrefixReward = Literal["original", "joint"]
 
 
 def assign_credit(
@@ -12,24 +15,29 @@ def assign_credit(
     resamples: Mapping[str, Sequence[Trajectory]],
     *,
     eps: float = 1e-6,
+    prefix_reward: PrefixReward = "original",
     mask_failed_suffix: bool = True,
 ) -> None:
     """Fill `loss_mask` and `advantages` of every rollout and resample, in place.
 
     groups: the N original rollouts of each question. resamples: source rollout id → its K continuations.
     Every generated token is trained from at most one trajectory: a continuation on its own tokens, its source on the
-    prefix; the source's suffix is masked. `mask_failed_suffix=False` keeps the suffix of a source that no
-    continuation recovered, with its plain GRPO advantage. Without resamples this is GRPO, bit for bit.
+    prefix; the source's suffix is masked. Without resamples this is GRPO, bit for bit.
+    prefix_reward: "original" normalises each recovery reward among the group's original rewards, "joint" with the
+    recovery rewards of all the group's sources in their places.
+    mask_failed_suffix=False trains the suffix of a source that no continuation recovered, as GRPO would.
     """
     sources = {rollout.id for group in groups for rollout in group}
     if unknown := set(resamples) - sources:
         raise ValueError(f"resamples of unknown rollouts {sorted(unknown)}")
     for group in groups:
         rewards = [rollout.reward for rollout in group]
-        for index, (rollout, advantage) in enumerate(zip(group, group_advantages(rewards, eps), strict=True)):
-            _train(rollout, 0, len(rollout.tokens), advantage)
+        advantages = group_advantages(rewards, eps)
+        prefixes = prefix_advantages(rewards, _recoveries(group, resamples), eps, prefix_reward)
+        for index, rollout in enumerate(group):
+            _train(rollout, 0, len(rollout.tokens), advantages[index])
             if continuations := resamples.get(rollout.id):
-                _credit_source(rollout, index, rewards, continuations, eps, mask_failed_suffix)
+                _credit_source(rollout, continuations, prefixes[index], mask_failed_suffix)
                 _credit_continuations(continuations, eps)
 
 
@@ -41,29 +49,35 @@ def group_advantages(rewards: Sequence[float], eps: float = 1e-6) -> np.ndarray:
     return (values - values.mean()) / (values.std(ddof=1) + eps)
 
 
-def prefix_advantage(rewards: Sequence[float], source: int, recovered: bool, eps: float = 1e-6) -> float:
-    """Â_prefix: the source's entry of the group, normalised after r_prefix ∈ {0, 1} replaced its own reward.
+def prefix_advantages(
+    rewards: Sequence[float],
+    recovered: Mapping[int, bool],
+    eps: float = 1e-6,
+    prefix_reward: PrefixReward = "original",
+) -> dict[int, float]:
+    """Â_prefix of each source: its entry of the group, normalised after r_prefix ∈ {0, 1} replaced its own reward.
 
-    rewards are the group's original N; several sources of one group each start from these.
+    rewards: the group's original N. recovered: index of each source → whether any of its continuations is correct.
     """
-    replaced = list(rewards)
-    replaced[source] = 1.0 if recovered else 0.0
-    return float(group_advantages(replaced, eps)[source])
+    joint = [float(recovered.get(i, reward)) for i, reward in enumerate(rewards)]
+    advantages = {}
+    for source, success in recovered.items():
+        replaced = list(joint if prefix_reward == "joint" else rewards)
+        replaced[source] = float(success)
+        advantages[source] = float(group_advantages(replaced, eps)[source])
+    return advantages
+
+
+def _recoveries(group: Sequence[Trajectory], resamples: Mapping[str, Sequence[Trajectory]]) -> dict[int, bool]:
+    return {i: any(c.correct for c in resamples[r.id]) for i, r in enumerate(group) if resamples.get(r.id)}
 
 
 def _credit_source(
-    source: Trajectory,
-    index: int,
-    rewards: Sequence[float],
-    continuations: Sequence[Trajectory],
-    eps: float,
-    mask_failed_suffix: bool,
+    source: Trajectory, continuations: Sequence[Trajectory], prefix_advantage: float, mask_failed_suffix: bool
 ) -> None:
     fork = _fork_token(source, continuations)
-    recovered = any(continuation.correct for continuation in continuations)
-    prefix = prefix_advantage(rewards, index, recovered, eps)
-    source.advantages[:fork] = [prefix if trained else 0.0 for trained in source.loss_mask[:fork]]
-    if recovered or mask_failed_suffix:
+    source.advantages[:fork] = [prefix_advantage if trained else 0.0 for trained in source.loss_mask[:fork]]
+    if mask_failed_suffix or any(continuation.correct for continuation in continuations):
         source.loss_mask[fork:] = [0] * (len(source.tokens) - fork)
         source.advantages[fork:] = [0.0] * (len(source.tokens) - fork)
 

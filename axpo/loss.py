@@ -1,11 +1,8 @@
 """The policy loss over a flat row of trained tokens, and the numbers that describe an update (PAPER.md, "GRPO")."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
 # exp() of a larger log-ratio overflows fp32 and turns a clipped token's zero gradient into NaN.
 _MAX_LOG_RATIO = 20.0
 
@@ -20,7 +17,6 @@ def policy_loss(
     clip_high: float,
     kl_coef: float = 0.0,
     ref_logprobs: Tensor | None = None,
-    kl_estimator: KLEstimator = "k3",
 ) -> Tensor:
     """Weighted sum over tokens of −[min(ρÂ, clip(ρ, 1−ε_low, 1+ε_high)Â) − β·KL]; the caller divides by Σ weights.
 
@@ -32,7 +28,7 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
     if kl_coef and ref_logprobs is not None:
-        losses = losses + kl_coef * kl_divergence(logprobs, ref_logprobs, kl_estimator)
+        losses = losses + kl_coef * kl_divergence(logprobs, ref_logprobs)
     return (losses * weights).sum()
 
 
@@ -40,19 +36,13 @@ def log_ratio(logprobs: Tensor, other: Tensor) -> Tensor:
     return (logprobs - other).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
-def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """Per-token estimate of KL(π_θ ‖ π_ref) from sampled tokens (Schulman, "Approximating KL divergence", 2020), [M].
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(π_θ ‖ π_ref) at each sampled token, [M]: exp(d) − d − 1 with d = log π_ref − log π_θ.
 
-    With d = log π_ref − log π_θ: k1 = −d, k2 = d²/2, k3 = exp(d) − d − 1 (unbiased and never negative).
+    The "k3" of Schulman, "Approximating KL divergence" (2020): unbiased, and never negative.
     """
     d = log_ratio(ref_logprobs, logprobs)
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return d.square() / 2
-    if estimator == "k3":
-        return d.exp() - d - 1
-    raise ValueError(f"loss.kl_estimator = {estimator!r}: choose k1, k2 or k3")
+    return d.exp() - d - 1
 
 
 def policy_metrics(

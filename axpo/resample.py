@@ -12,6 +12,7 @@ import numpy as np
 from axpo.trajectory import Trajectory
 
 Rank = Literal["confidence", "entropy", "random"]
+QuestionOrder = Literal["rank", "data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +75,27 @@ def prefix_budget(ratio: float, questions: int, group_size: int, resamples_per_p
 
 
 def select_prefixes(
-    candidates: Sequence[Candidate], budget: int, *, rank: Rank = "confidence", seed: int = 0, step: int = 0
+    candidates: Sequence[Candidate],
+    budget: int,
+    *,
+    rank: Rank = "confidence",
+    question_order: QuestionOrder = "rank",
+    seed: int = 0,
+    step: int = 0,
 ) -> list[Candidate]:
     """At most `budget` candidates, breadth-first: every question gets its best before any gets a second.
 
-    Questions come in the order of their best prefix's score (ascending confidence, descending entropy, or random),
-    ties by question order; within a question likewise, ties by rollout order. The result depends on the set of
-    candidates alone, so ranks that gathered the same candidates select the same prefixes.
+    Within a question, prefixes come by rank: ascending confidence, descending entropy, or at random; ties by rollout
+    order. Questions come by the rank of their best prefix, ties by question order, or in question order ("data").
+    The result depends on the set of candidates alone, so all ranks that gathered it select the same prefixes.
     """
     ordered = sorted(candidates, key=lambda c: (c.group, c.rollout))
     scores = dict(zip(ordered, _scores(ordered, rank, seed, step), strict=True))
     questions: dict[int, list[Candidate]] = {}
     for c in sorted(ordered, key=lambda c: scores[c]):
         questions.setdefault(c.group, []).append(c)
-    queue = sorted(questions.values(), key=lambda best_first: (scores[best_first[0]], best_first[0].group))
+    by_rank = sorted(questions, key=lambda group: (scores[questions[group][0]], group))
+    queue = [questions[group] for group in (by_rank if question_order == "rank" else sorted(questions))]
     rounds = range(max(map(len, queue), default=0))
     return [question[i] for i in rounds for question in queue if i < len(question)][: max(budget, 0)]
 

@@ -1,12 +1,16 @@
 """Random rollouts, resamples and a tiny Qwen3-VL for the tests of the algorithm and the trainer."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
+from engine.models import ModelConfig, Qwen3VL
 from engine.positions import ImageSpan, place_image, positions
 from engine.processor import ImageInput
 
@@ -148,6 +152,61 @@ def random_resamples(
     return out
 
 
-def alone(trajectory: Trajectory, trained_from: int = 0) -> Trajectory:
+def alone(trajectory: Trajectory) -> Trajectory:
     """The same trajectory as an independent sequence: what packing must not change."""
     return replace(trajectory, parent=None, fork_token=None, loss_mask=list(trajectory.loss_mask))
+
+
+def write_checkpoint(path: Path, seed: int = 0, tie: bool = True) -> Path:
+    """A random Qwen3-VL of two layers that reads the vocabulary above."""
+    path.mkdir(parents=True)
+    text_config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    vision_config = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = {
+        "model_type": "qwen3_vl",
+        "text_config": text_config,
+        "vision_config": vision_config,
+        "image_token_id": IMAGE,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "tie_word_embeddings": tie,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    model = Qwen3VL(ModelConfig.from_pretrained(path))
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        state[name] = 1 + 0.1 * noise if "norm" in name else noise / parameter.shape[-1] ** 0.5
+    save_file(state, path / "model.safetensors")
+    return path
+
+
+def text_only(group: list[Trajectory]) -> list[Trajectory]:
+    """The same rollouts with text where their images were."""
+    out = []
+    for trajectory in group:
+        tokens = [FIRST_TEXT if token == IMAGE else token for token in trajectory.tokens]
+        out.append(replace(trajectory, tokens=tokens, images=[], positions=mrope(tokens, [])))
+    return out

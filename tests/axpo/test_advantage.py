@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from axpo.advantage import group_advantages, prefix_advantage
+from axpo.advantage import group_advantages, prefix_advantages
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_four_continuations(successes: int, right: float, wrong: float):
 )
 def test_prefix_in_a_group_of_eight(others: int, recovered: float, failed: float):
     rewards = [1.0] * others + [0.0] * (8 - others)
-    assert prefix_advantage(rewards, 7, recovered=True) == pytest.approx(recovered, abs=6e-4)
-    assert prefix_advantage(rewards, 7, recovered=False) == pytest.approx(failed, abs=6e-4)
+    assert prefix_advantages(rewards, {7: True})[7] == pytest.approx(recovered, abs=6e-4)
+    assert prefix_advantages(rewards, {7: False})[7] == pytest.approx(failed, abs=6e-4)
 
 
 def test_against_the_formula_and_the_original_rewards_stay():
@@ -34,8 +34,19 @@ def test_against_the_formula_and_the_original_rewards_stay():
     kept = list(rewards)
     expected = [(r - np.mean(rewards)) / (np.std(rewards, ddof=1) + 1e-6) for r in rewards]
     assert group_advantages(rewards) == pytest.approx(expected, rel=1e-12), f"seed {seed}"
-    prefix_advantage(rewards, 17, recovered=True)
+    prefix_advantages(rewards, {17: True})
     assert rewards == kept
+
+
+def test_several_sources_of_one_group():
+    """Each from the original rewards, or all from the rewards with every recovery in its place."""
+    rewards = [0.0, 0.0, 0.0, 1.0]
+    recovered = {0: True, 1: False, 2: True}
+    each = prefix_advantages(rewards, recovered)
+    one, none = group_advantages([1.0, 0.0, 0.0, 1.0]), group_advantages(rewards)
+    assert each == {0: one[0], 1: none[1], 2: one[0]}
+    joint = group_advantages([1.0, 0.0, 1.0, 1.0])
+    assert prefix_advantages(rewards, recovered, prefix_reward="joint") == {i: joint[i] for i in recovered}
 
 
 @pytest.mark.parametrize("rewards", [[], [1.0], [0.1] * 7, [1 / 3] * 3])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axpo.advantage import assign_credit, group_advantages, prefix_advantage
+from axpo.advantage import assign_credit, group_advantages, prefix_advantages
 from axpo.trajectory import SAMPLED, Trajectory
 from tests.axpo.factory import random_group, random_resamples
 
@@ -54,7 +54,7 @@ def test_values_of_each_role():
             continuations = resamples.get(rollout.id)
             expected = plain[index]
             if continuations:
-                expected = prefix_advantage(rewards, index, any(c.correct for c in continuations))
+                expected = prefix_advantages(rewards, {index: any(c.correct for c in continuations)})[index]
                 own = group_advantages([c.reward for c in continuations])
                 for continuation, advantage in zip(continuations, own, strict=True):
                     assert trained_values(continuation) <= {float(advantage)}, f"seed {seed}"

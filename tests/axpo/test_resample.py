@@ -36,8 +36,8 @@ def make(pool: list[tuple[int, float, float]]) -> list[Candidate]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(pools, st.integers(0, 12), st.sampled_from(["confidence", "entropy"]), st.randoms())
-def test_selection_against_an_oracle(pool, budget, rank, shuffle):
+@given(pools, st.integers(0, 12), st.sampled_from(["confidence", "entropy"]), st.booleans(), st.randoms())
+def test_selection_against_an_oracle(pool, budget, rank, by_rank, shuffle):
     """The oracle grows the selection one prefix at a time straight from the rules."""
     candidates = make(pool)
 
@@ -50,11 +50,12 @@ def test_selection_against_an_oracle(pool, budget, rank, shuffle):
         left = [c for c in candidates if c not in expected]
         taken = {c.group: sum(d.group == c.group for d in expected) for c in left}
         fewest = min(taken.values())
-        group = min((best[g], g) for g, n in taken.items() if n == fewest)[1]
+        group = min((best[g] if by_rank else 0, g) for g, n in taken.items() if n == fewest)[1]
         expected.append(min((c for c in left if c.group == group), key=lambda c: (score(c), c.rollout)))
     shuffled = list(candidates)
     shuffle.shuffle(shuffled)
-    assert select_prefixes(shuffled, budget, rank=rank) == expected
+    order = "rank" if by_rank else "data"
+    assert select_prefixes(shuffled, budget, rank=rank, question_order=order) == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -105,7 +106,7 @@ def test_trigger_and_candidates():
         assert call and source.tokens[c.fork_token - 1] == OPEN and c.source == source.id and c.group == 4
         inside = range(call.start + 1, call.end)
         assert c.confidence == pytest.approx(np.mean([math.exp(source.logprobs[i] or 0) for i in inside]))
-        assert c.entropy == pytest.approx(np.mean([source.entropies[i] for i in inside]))
+        assert c.entropy == pytest.approx(np.mean([source.entropies[i] or 0 for i in inside]))
     group[3].reward = 1.0
     assert find_candidates([group]) == [] and not all_wrong([])
 

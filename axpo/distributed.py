@@ -1,0 +1,66 @@
+"""The few collectives that the trainer needs; with one process each returns its input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+def initialise(device: torch.device) -> None:
+    """Joins torchrun's process group, or makes a group of one where there is none; NCCL on CUDA, gloo on the CPU."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(value: float, device: torch.device, op: Any = dist.ReduceOp.SUM) -> float:
+    """The sum (or `op`) of one number over all ranks, in fp64."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
+
+
+def gather_columns(tensor: Tensor) -> Tensor:
+    """[C, M of this rank] -> [C, M of all ranks], in rank order, on every rank; M may differ between ranks."""
+    if world_size() == 1:
+        return tensor
+    count = torch.tensor([tensor.shape[1]], device=tensor.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = tensor.new_zeros(tensor.shape[0], max(sizes))
+    padded[:, : tensor.shape[1]] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
+
+
+def gather_objects(items: Sequence[Any]) -> list[Any]:
+    """Every rank's items in one list, in rank order, on every rank: small picklable records only."""
+    if world_size() == 1:
+        return list(items)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
