@@ -54,6 +54,7 @@ def test_vl_prefill_and_greedy_equal_transformers(fixture: str, request: pytest.
     seed = random.randrange(2**31)
     rng = random.Random(seed)
     reference = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    reference.generation_config.eos_token_id = None  # else it may not be generated before min_new_tokens
     llm = LLM(path, kv_cache_bytes=1 << 24, max_batch_tokens=rng.choice([17, 64, 4096]))
     prompts = [random_prompt(rng, llm, images) for images in (0, 1, 2, 3, 4)]
     for tokens, images in prompts:
@@ -75,7 +76,6 @@ def test_vl_prefill_and_greedy_equal_transformers(fixture: str, request: pytest.
             max_new_tokens=64,
             min_new_tokens=64,
             suppress_tokens=banned.tolist(),
-            eos_token_id=None,
             pad_token_id=0,
         )[0, len(tokens) :]
         assert output.outputs[0].token_ids == greedy.tolist(), f"{len(images)} images (seed {seed})"
@@ -86,6 +86,7 @@ def test_text_prefill_and_greedy_equal_transformers(text_checkpoint: Path) -> No
     seed = random.randrange(2**31)
     rng = random.Random(seed)
     reference = AutoModelForCausalLM.from_pretrained(text_checkpoint, dtype=torch.float32).eval()
+    reference.generation_config.eos_token_id = None
     llm = LLM(text_checkpoint, kv_cache_bytes=1 << 24)
     prompts = [[rng.randrange(320) for _ in range(length)] for length in (1, 2, 16, 17, 100)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True), use_tqdm=False)
