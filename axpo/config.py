@@ -174,7 +174,7 @@ class Eval(_Section):
     temperature: float = Field(default=0.7, ge=0.0, le=10.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.8, gt=0.0, le=1.0, description="nucleus sampling; 1 is off")
     top_k: CountOrOff = Field(default=20, description="top-k sampling; 0 is off")
-    max_turns: Count = Field(default=5, description="turns of a trajectory")
+    max_turns: Count = Field(default=5, description="turns of a trajectory; its limits in tokens are rollout's")
     every: CountOrOff = Field(default=0, description="steps between evaluations; 0: only before and after the run")
 
 

@@ -35,7 +35,7 @@ class MetricsLogger:
     """Writes one flat object `{"step": n, "group/name": value, …}` a step; on ranks other than 0 it does nothing.
 
     A line is appended and flushed in one write. Values are numbers; None, NaN and infinity are written as null: there
-    was nothing to measure in this step. A resumed run goes on behind its checkpoint's step. Closes as a context manager.
+    was nothing to measure in this step. A context manager that closes on exit.
     """
 
     def __init__(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 from axpo.config import Config, SftConfig, to_toml
 from axpo.trajectory import Trajectory
 
-_STEP = re.compile(r"step_(\d{6,})")
+CHECKPOINT_STATE = "state.json"  # the file that every checkpoint directory holds
+_STEP = re.compile(r"step_(\d{6,})(?:\.jsonl)?$")
 # What may differ on a resume, because it changes nothing that is computed. run.steps may only grow.
 _FREE = ("run.dir", "run.resume", "run.steps", "rollout.kv_cache_bytes", "rollout.max_batch_tokens")
 _FREE_SECTIONS = ("checkpoint", "log")
@@ -59,8 +59,9 @@ class RunDir:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; one being written has another name until it is whole."""
-        return sorted(_steps(self.path / "checkpoints", is_checkpoint=True))
+        """Steps of the complete checkpoints, ascending; one that is still being written has another name."""
+        folder = self.path / "checkpoints"
+        return sorted(_step(entry.name) for entry in folder.glob("step_*") if (entry / CHECKPOINT_STATE).is_file())
 
     def write_trajectories(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """All trajectories of a step, atomically: the file is there and whole, or not there."""
@@ -129,27 +130,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make directory `path` by `fill(temporary directory)` and a rename, so that it is whole or not there.
-
-    An older `path` is moved aside to `.<name>.old` until the new one is in its place.
-    """
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    _sync_directory(path.parent)
-
-
 def _check_resumable(path: Path, config: Config | SftConfig) -> None:
     run = config.run
     if not (path / "config.toml").is_file():
@@ -184,9 +164,9 @@ def _get(config: dict[str, dict[str, Any]], name: str) -> Any:
 def _forget_after(run_dir: RunDir) -> None:
     """Remove what was written for steps behind the checkpoint, trajectories first: metrics say how far the run came."""
     step, path = run_dir.checkpoint_step, run_dir.path
-    for later in _steps(path / "trajectories"):
-        if later > step:
-            run_dir.trajectories(later).unlink()
+    for file in (path / "trajectories").glob("step_*.jsonl"):
+        if _step(file.name) > step:
+            file.unlink()
     if run_dir.metrics.exists():
         _keep_lines_until(run_dir.metrics, step)
 
@@ -203,14 +183,10 @@ def _keep_lines_until(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _steps(folder: Path, *, is_checkpoint: bool = False) -> list[int]:
-    """Steps of the entries called step_000001 (directories) or step_000001.jsonl (files)."""
-    if not folder.is_dir():
-        return []
-    names = [
-        entry.name if is_checkpoint else entry.stem for entry in folder.iterdir() if entry.is_dir() == is_checkpoint
-    ]
-    return [int(match[1]) for name in names if (match := _STEP.fullmatch(name))]
+def _step(name: str) -> int:
+    """The step of step_000001 or step_000001.jsonl; -1 for another name."""
+    match = _STEP.match(name)
+    return int(match[1]) if match else -1
 
 
 def _sync_directory(path: Path) -> None:

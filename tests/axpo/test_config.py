@@ -1,0 +1,182 @@
+"""Configuration and command line: precedence, round trips, and one clear line for every mistake."""
+
+import random
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_origin
+
+import pytest
+from pydantic import ValidationError
+
+from axpo.cli import ConfigError, leaf_fields, load_config, recipe_names, resolve
+from axpo.config import Config, SftConfig, to_toml
+
+
+def config(*argv: str) -> Config:
+    return resolve(Config, argv, recipe="mini")
+
+
+def mistake(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        config(*argv)
+    return str(error.value)
+
+
+def test_paper_defaults():
+    c = Config()
+    assert (c.algo.name, c.algo.group_size, c.algo.resamples_per_prefix, c.algo.budget_ratio) == ("axpo", 8, 4, 0.25)
+    assert (c.algo.rank, c.algo.question_order, c.algo.prefix_reward) == ("confidence", "rank", "original")
+    assert (c.loss.clip_low, c.loss.clip_high, c.loss.kl_coef, c.loss.aggregation) == (0.2, 0.4, 1e-3, "token")
+    assert (c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.max_turns) == (1.0, 1.0, 0, 3)
+    assert (c.rollout.questions_per_step, c.optim.lr, c.optim.grad_clip, c.optim.schedule) == (
+        64,
+        1e-6,
+        1.0,
+        "constant",
+    )
+    assert (c.eval.temperature, c.eval.top_p, c.eval.top_k, c.eval.max_turns, c.eval.samples) == (0.7, 0.8, 20, 5, 4)
+
+
+def test_every_field_is_described():
+    for schema in (Config, SftConfig):
+        for name, info in leaf_fields(schema):
+            assert info.description, name
+            assert info.annotation in (int, float, str, bool) or get_origin(info.annotation) is not None, name
+
+
+def test_options_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[run]\nsteps = 7\nname = "mine"\n[algo]\nrank = "random"\n')
+    c = config(str(recipe), "--run.steps", "9")
+    assert (c.run.steps, c.run.name, c.algo.rank, c.algo.group_size) == (9, "mine", "random", 8)
+    assert config(str(recipe), "--run.steps=9", "--run.steps", "11").run.steps == 11
+
+
+def test_values_from_the_command_line():
+    c = config("--run.resume", "mini", "--rollout.tools", "a, b", "--optim.betas", "[0.5, 0.25]", "--optim.lr", "3e-5")
+    assert (c.run.resume, c.rollout.tools, c.optim.betas, c.optim.lr) == (True, ["a", "b"], (0.5, 0.25), 3e-5)
+    assert config("--run.resume", "--log.console", "false").run.resume
+    assert not config("--run.resume", "false").run.resume
+    assert config("--rollout.tools", "[]").rollout.tools == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--algo.grop_size", "4"], ["algo.grop_size", "unknown field", "did you mean algo.group_size?"]),
+        (["--group_size", "4"], ["--group_size", "did you mean algo.group_size?"]),
+        (["--algo.group-size", "4"], ["did you mean algo.group_size?"]),
+        (["-x"], ["-x", "unknown field"]),
+        (["--algo.group_size", "1"], ["algo.group_size", "'1'", "greater than or equal to 2"]),
+        (["--algo.resamples_per_prefix", "1"], ["algo.resamples_per_prefix", "'1'", "greater than or equal to 2"]),
+        (["--algo.budget_ratio", "-0.25"], ["algo.budget_ratio", "'-0.25'", "greater than or equal to 0"]),
+        (["--loss.clip_low", "-1e-3"], ["loss.clip_low", "'-1e-3'", "greater than 0"]),
+        (["--algo.name", "axop"], ["algo.name", "'axop'", "'grpo' or 'axpo'", "did you mean axpo?"]),
+        (["--run.steps", "3.5"], ["run.steps", "'3.5'", "integer"]),
+        (["--run.steps"], ["run.steps", "needs a value"]),
+        (["--optim.lr", "nan"], ["optim.lr", "'nan'", "finite"]),
+        (["--optim.betas", "0.9"], ["optim.betas", "2 values"]),
+        (["--optim.betas", "0.9,1.5"], ["optim.betas", "'1.5'", "less than 1"]),
+        (["--rollout.tools", "[1"], ["rollout.tools", "'[1'", "list"]),
+        (["--log.console", "maybe"], ["log.console", "'maybe'", "boolean"]),
+        (["--run.name", "../other"], ["run.name", "'../other'"]),
+        (["--rollout.top_p", "0.9"], ["rollout.top_p = 0.9", "biases", "1.0"]),
+        (["--rollout.top_k", "5"], ["rollout.top_k = 5", "biases", "0"]),
+        (
+            ["--rollout.max_new_tokens=99", "--rollout.max_tokens=99"],
+            ["rollout.max_new_tokens = 99", "max_tokens = 99"],
+        ),
+        (["--data.task", "jsonl"], ["data.path", "needs a file"]),
+        (["--data.path", "rows.jsonl"], ["data.path = 'rows.jsonl'", "data.task"]),
+        (["--data.task", "jsonl", "--data.path", "x"], ["data.heldout_path", "eval.questions"]),
+        (["mni"], ["recipe 'mni'", "did you mean mini?", "mini-grpo"]),
+        (["none/such.toml"], ["recipe 'none/such.toml'", "no such file"]),
+        (["mini", "mini-grpo"], ["one recipe at most", "'mini', 'mini-grpo'"]),
+        (["mini-sft"], ["recipe mini-sft", "sft: unknown field"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv: list[str], parts: list[str]):
+    message = mistake(*argv)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_mistakes_in_a_recipe_name_the_recipe_and_all_come_at_once(tmp_path: Path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("steps = 3\n[algo]\ngroupsize = 4\n[rollouts]\ntop_k = 0\n[loss]\nclip_low = 2\n")
+    lines = mistake(str(recipe)).splitlines()
+    assert len(lines) == 4 and all(str(recipe) in line for line in lines), lines
+    for part in ("run.steps?", "algo.group_size?", "did you mean rollout?", "loss.clip_low = 2"):
+        assert sum(part in line for line in lines) == 1, (part, lines)
+    recipe.write_text("run = 3\n")
+    assert "run = 3: must be a table" in mistake(str(recipe), "--run.steps", "2")
+    recipe.write_text("[run\n")
+    assert "not valid TOML" in mistake(str(recipe))
+
+
+def test_toml_reads_back_as_the_same_configuration(tmp_path: Path):
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    argv = [
+        f"--run.seed={rng.randrange(2**32)}",
+        f"--optim.lr={rng.uniform(1e-9, 1e-2)}",
+        f"--algo.rank={rng.choice(['entropy', 'random'])}",
+        f"--optim.betas={rng.random()},{rng.random()}",
+        f"--algo.std_eps={rng.random()}",
+    ]
+    c = config("--run.resume", *argv)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(c))
+    assert not tomllib.loads(path.read_text())["run"]["resume"]
+    assert config(str(path), "--run.resume") == c, f"seed {seed}: {argv}"
+
+
+def test_embedded_recipes_are_valid():
+    assert {"mini", "mini-grpo", "mini-sft"} <= set(recipe_names())
+    for name in recipe_names():
+        schema = SftConfig if name.endswith("-sft") else Config
+        assert resolve(schema, [name], recipe=name).run.name
+    mini, grpo = config("mini"), config("mini-grpo")
+    assert grpo.algo.name == "grpo" and grpo.algo.resampling_ratio == 0 < mini.algo.resampling_ratio
+    differing = {s for s in Config.model_fields if getattr(mini, s) != getattr(grpo, s)}
+    assert differing == {"run", "algo"}, "the baseline must differ in nothing but its name and the algorithm"
+
+
+def test_configuration_cannot_be_changed_later():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().run.steps = 3  # type: ignore[misc]
+
+
+def test_exit_code_and_printed_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(SystemExit) as stop:
+        load_config(Config, ["--algo.grop_size", "3"], prog="axpo.train", recipe="mini")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not printed.out
+    assert printed.err.startswith("axpo.train: error: --algo.grop_size: unknown field") and printed.err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        load_config(Config, ["--algo.grop_size", "3"], prog="axpo.train", recipe="mini")
+    assert not capsys.readouterr().err, "only rank 0 reports"
+
+
+def test_help_lists_every_field_with_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        load_config(Config, ["--help"], prog="axpo.train", recipe="mini")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name, _ in leaf_fields(Config):
+        assert f"--{name} " in text, name
+    assert "rollouts N of a question (default: 8)" in text
+    assert text.count("(default: ") == len(list(leaf_fields(Config))) + 1, "the fields and the recipe"
+
+
+def test_nothing_heavy_is_imported_to_check_a_configuration():
+    code = (
+        "import sys, axpo.cli, axpo.config, axpo.rundir\n"
+        "axpo.cli.resolve(axpo.config.Config, [], recipe='mini')\n"
+        "print([m for m in ('torch', 'transformers', 'engine', 'kernels') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

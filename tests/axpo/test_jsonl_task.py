@@ -1,0 +1,139 @@
+"""Own questions from JSON lines: what is right is read, what is wrong is named by file, row and field."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from axpo.tasks import get_task
+from axpo.tasks.jsonl import INSTRUCTION, JsonlError, JsonlTask
+
+
+def save_image(path: Path, seed: int, mode: str = "RGB") -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (5, 7) if mode == "L" else (5, 7, len(mode))
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+    )
+    return path
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"id": "a", "question": "Which?", "images": ["ok.png"], "answer": "7", **changes}
+
+
+def problems(tmp_path: Path, *rows: Any) -> list[str]:
+    save_image(tmp_path / "ok.png", 0)
+    file = write(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(JsonlError) as error:
+        JsonlTask(file)
+    return [line.replace(str(file), "rows") for line in str(error.value).splitlines()]
+
+
+def test_questions_as_the_agent_loop_takes_them(tmp_path: Path):
+    seed = random.randrange(2**32)
+    pixels = save_image(tmp_path / "img" / "x.png", seed)
+    save_image(tmp_path / "grey.png", seed, "L")
+    train = write(
+        tmp_path / "train.jsonl",
+        row(id="two", images=["img/x.png", "grey.png"], question="Größe?\u2028Which?"),
+        "",
+        json.dumps(row(id="none", answer=3.5), ensure_ascii=False).replace('"images": ["ok.png"], ', ""),
+    )
+    heldout = write(tmp_path / "heldout.jsonl", row(id="absolute", images=[str(tmp_path / "grey.png")]))
+    task = get_task("jsonl", path=train, heldout_path=heldout)
+    assert (task.name, task.size("train"), task.size("heldout")) == ("jsonl", 2, 1)
+    question = task.question("train", 0)
+    assert (question.id, question.answer) == ("two", "7")
+    assert question.messages == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "image"},
+                {"type": "text", "text": f"Größe?\u2028Which?\n{INSTRUCTION}"},
+            ],
+        }
+    ]
+    assert np.array_equal(np.asarray(question.images[0]), pixels), f"seed {seed}"
+    assert [image.mode for image in question.images] == ["RGB", "RGB"]
+    assert task.question("train", 1).images == [] and task.question("train", 1).answer == "3.5"
+    assert task.question("heldout", 0).id == "absolute"
+    with pytest.raises(IndexError, match="2 questions, none with index 2"):
+        task.question("train", 2)
+
+
+def test_without_a_heldout_file_there_are_no_heldout_questions(tmp_path: Path):
+    assert JsonlTask(write(tmp_path / "t.jsonl", row(images=[]))).size("heldout") == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"answer": None}, "row 'a': answer = None: must be text that is not empty"),
+        ({"answer": "  "}, "row 'a': answer = '  ': must be text that is not empty"),
+        ({"answer": True}, "row 'a': answer = True: must be text that is not empty"),
+        ({"answer": "{7"}, "row 'a': answer = '{7': braces do not match"),
+        ({"question": ""}, "row 'a': question = '': must be text that is not empty"),
+        ({"id": []}, "id = []: must be text that is not empty"),
+        ({"images": "ok.png"}, "row 'a': images = 'ok.png': must be a list of file names"),
+        ({"images": ["ok.png", 3]}, "row 'a': images = ['ok.png', 3]: must be a list of file names"),
+        ({"image": "ok.png"}, "row 'a': image: unknown field; a row has id, question, images, answer"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path: Path, wrong: dict[str, Any], message: str):
+    (line,) = problems(tmp_path, row(id="fine"), row(**wrong))
+    assert line.startswith(f"rows:2: {message}"), line
+
+
+def test_a_row_without_an_answer_and_lines_that_are_no_rows(tmp_path: Path):
+    missing = row()
+    del missing["answer"]
+    lines = problems(tmp_path, missing, "{", '["a"]', row(id="b"), "", row(id="b"))
+    assert lines[0] == "rows:1: row 'a': answer: missing"
+    assert lines[1].startswith("rows:2: not valid JSON: ")
+    assert lines[2].startswith("rows:3: must be a JSON object with id, question, images, answer, got list")
+    assert lines[3:] == ["rows:6: id = 'b': line 4 has the same id"]
+
+
+def test_images_that_cannot_be_used_are_found_before_training(tmp_path: Path):
+    save_image(tmp_path / "whole.png", 3)
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) * 2 // 3])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "folder.png").mkdir()
+    images = ["ok.png", "missing.png", "cut.png", "text.png", "folder.png"]
+    lines = problems(tmp_path, row(images=images))
+    assert len(lines) == 4 and all(line.startswith("rows:1: row 'a': images[") for line in lines), lines
+    for index, words in {
+        1: "missing.png does not exist",
+        2: "cut.png cannot be decoded",
+        3: "text.png cannot be",
+    }.items():
+        assert f"images[{index}]" in lines[index - 1] and words in lines[index - 1], lines
+    assert "images[4]" in lines[3] and "folder.png" in lines[3]
+
+
+def test_many_problems_are_counted(tmp_path: Path):
+    lines = problems(tmp_path, *[row(id=str(i), answer="") for i in range(25)])
+    assert len(lines) == 11 and lines[-1] == "… and 15 more problems"
+
+
+def test_files_that_hold_no_rows(tmp_path: Path):
+    with pytest.raises(JsonlError, match=r"gone\.jsonl: cannot be read"):
+        JsonlTask(tmp_path / "gone.jsonl")
+    with pytest.raises(JsonlError, match=r"empty\.jsonl: no rows; each line is a JSON object"):
+        JsonlTask(write(tmp_path / "empty.jsonl", "", " "))
+    good = write(tmp_path / "good.jsonl", row(images=[]))
+    with pytest.raises(JsonlError, match=r"empty\.jsonl: no rows"):
+        JsonlTask(good, tmp_path / "empty.jsonl")
