@@ -20,7 +20,9 @@ def missing_requirement() -> str | None:
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
-        return "torch is not importable at build time (install torch first, then use `pip install --no-build-isolation`)"
+        return (
+            "torch is not importable at build time (install torch first, then use `pip install --no-build-isolation`)"
+        )
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         return f"no C++ compiler: {compiler!r} is not on PATH (install g++, or set CXX)"

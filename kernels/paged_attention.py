@@ -79,6 +79,10 @@ def _check(
             f"paged_attention: with context_lens {tuple(context_lens.shape)} = [S], block_tables "
             f"{tuple(block_tables.shape)} must be [S, max_blocks] and cu_seqlens_q {tuple(cu_seqlens_q.shape)} [S + 1]"
         )
-    for name, tensor in (("block_tables", block_tables), ("cu_seqlens_q", cu_seqlens_q), ("context_lens", context_lens)):
+    for name, tensor in (
+        ("block_tables", block_tables),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("context_lens", context_lens),
+    ):
         if tensor.dtype != torch.int32:
             raise ValueError(f"paged_attention: {name} is {tensor.dtype}: convert it to int32")

@@ -2,6 +2,8 @@
 
 import torch
 
+from kernels._library import LOADED, use_cpp
+
 
 def tree_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
@@ -15,6 +17,8 @@ def tree_attention(
     depend on the number of threads. Raises ValueError for shapes or a subtree_end that do not fit.
     """
     _check(q, k, v, subtree_end)
+    if use_cpp(q, k, v) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+        return torch.ops.axpo.tree_attention(q, k, v, subtree_end, scale)[0]
     return tree_attention_reference(q, k, v, subtree_end, scale)
 
 
@@ -49,3 +53,33 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch
             f"tree_attention: subtree_end {tuple(subtree_end.shape)} {subtree_end.dtype} must be int32 or int64 of "
             f"shape ({q.shape[0]},)"
         )
+
+
+def _fake_forward(q, k, v, subtree_end, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+
+
+def _fake_backward(grad_out, q, k, v, subtree_end, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, subtree_end, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, subtree_end, out, lse)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return None, None, None, None, None
+    q, k, v, subtree_end, out, lse = ctx.saved_tensors
+    grads = torch.ops.axpo.tree_attention_backward(grad_out, q, k, v, subtree_end, out, lse, ctx.scale)
+    return *grads, None, None
+
+
+if LOADED:
+    torch.library.register_fake("axpo::tree_attention", _fake_forward)
+    torch.library.register_fake("axpo::tree_attention_backward", _fake_backward)
+    torch.library.register_autograd("axpo::tree_attention", _backward, setup_context=_save)
