@@ -40,7 +40,8 @@ def save_checkpoint(directory: Path, learner: Learner, progress: Progress, keep:
     final = directory / f"step_{progress.step:06d}"
     temporary = directory / f".tmp-{final.name}"
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in directory.glob(".*-step_*"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     barrier()
     save(_state(learner), checkpoint_id=temporary)
@@ -54,10 +55,12 @@ def save_checkpoint(directory: Path, learner: Learner, progress: Progress, keep:
         (temporary / STATE).write_text(json.dumps(record, indent=1))
         for file in [*temporary.iterdir(), temporary]:
             _fsync(file)
+        replaced = directory / f".old-{final.name}"
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         _fsync(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in _complete(directory)[:-keep]:
             shutil.rmtree(old)
     barrier()

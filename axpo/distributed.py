@@ -1,5 +1,6 @@
 """The few collectives that the trainer needs; with one process each returns its input."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,21 @@ def initialise(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def device() -> torch.device:
+    """This rank's accelerator, by torchrun's LOCAL_RANK, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(local)
+    return local
+
+
+def finish() -> None:
+    """Leaves the process group, so that torchrun ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -16,13 +16,16 @@ from torch.distributed.tensor.experimental import implicit_replication
 from axpo.distributed import all_reduce, gather_columns, world_size
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
 from axpo.tree import PackedBatch, concatenate
-from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
+from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput
 from engine.processor import ImageInput
 from engine.weights import load_weights
 from kernels import tree_attention
 
 if TYPE_CHECKING:
     from axpo.config import Loss, Optim
+
+# FSDP2 hooks the backward pass onto a module's outputs; before torch 2.12 it looks only into registered containers.
+torch.export.register_dataclass(VisionFeatures)
 
 TokenLoss = Callable[[PackedBatch, Tensor, Tensor | None], Tensor]
 """(batch, logprobs [M], reference logprobs [M] or None) -> weighted sum of the token losses."""
@@ -202,6 +205,8 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     """The model with fp32 parameters sharded over all ranks and not yet filled; it computes in `dtype`."""
     with torch.device("meta"):
         model = Qwen3VL(config)
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise ValueError(f"buffers {buffers} would be left undefined here: compute them in forward")
     mesh = init_device_mesh(device.type, (world_size(),))
     # Inputs are not cast: rotary tables must stay fp32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -20,8 +20,8 @@ class Candidate:
     """A fixed prefix that may be resampled; light, so that data-parallel ranks can gather all of them.
 
     group: the question's order in the step, over all ranks. rollout: the source's order in its group.
-    fork_token: one past the opening <tool_call> tag of the first call. confidence: mean exp(logprob), entropy: mean
-    exact entropy in nats, both over the call's tokens behind the opening tag, closing tag included.
+    fork_token: one past the opening <tool_call> tag of the first call. confidence: mean exp(logprob) of the call,
+    entropy: its mean exact entropy in nats (`call_uncertainty`).
     """
 
     group: int
@@ -52,9 +52,17 @@ def all_wrong(rollouts: Sequence[Trajectory]) -> bool:
 
 
 def candidate(rollout: Trajectory, index: int) -> Candidate | None:
-    """The rollout's prefix as a candidate; None when nothing was sampled behind its opening tag (no room is left).
+    """The rollout's prefix as a candidate; None without a call, or when its opening tag was the last token."""
+    call, uncertainty = rollout.first_call, call_uncertainty(rollout)
+    if call is None or uncertainty is None:
+        return None
+    return Candidate(rollout.group, index, rollout.id, call.start + 1, *uncertainty)
 
-    The opening tag is one token of the vocabulary, so the prefix ends at start + 1.
+
+def call_uncertainty(rollout: Trajectory) -> tuple[float, float] | None:
+    """(confidence, mean entropy) of the first call, over its tokens behind the opening tag, closing tag included.
+
+    The opening tag is one token of the vocabulary. None when there is no call or nothing was sampled behind the tag.
     """
     call = rollout.first_call
     if call is None or call.end <= call.start + 1:
@@ -64,9 +72,7 @@ def candidate(rollout: Trajectory, index: int) -> Candidate | None:
     entropies = [h for h in rollout.entropies[span] if h is not None]
     if len(logprobs) != call.end - call.start - 1 or len(entropies) != len(logprobs):
         raise ValueError(f"trajectory {rollout.id}: its first call {call.start}:{call.end} holds tokens not sampled")
-    confidence = math.fsum(map(math.exp, logprobs)) / len(logprobs)
-    entropy = math.fsum(entropies) / len(entropies)
-    return Candidate(rollout.group, index, rollout.id, call.start + 1, confidence, entropy)
+    return math.fsum(map(math.exp, logprobs)) / len(logprobs), math.fsum(entropies) / len(entropies)
 
 
 def prefix_budget(ratio: float, questions: int, group_size: int, resamples_per_prefix: int) -> int:

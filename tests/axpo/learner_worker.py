@@ -13,7 +13,7 @@ import torch
 from axpo.advantage import assign_credit
 from axpo.checkpoint import Progress, export_policy, save_checkpoint
 from axpo.config import Loss, Optim
-from axpo.distributed import gather_objects, initialise, rank, world_size
+from axpo.distributed import finish, gather_objects, initialise, rank, world_size
 from axpo.learner import Learner
 from axpo.trajectory import Trajectory
 from axpo.tree import PackedBatch, build_trees, pack_trees
@@ -71,4 +71,4 @@ def main(checkpoint: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()
+    finish()
