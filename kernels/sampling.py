@@ -22,7 +22,7 @@ def sample(
 
     Order: banned ids leave first, then top_k (all that tie with the k-th stay), then top_p (the smallest set of the
     most probable remaining tokens that holds at least top_p of their mass; never empty; of equal ones the lowest ids
-    first). Ties go to the lowest id. logprob and entropy, in nats, are those of softmax(logits / temperature) over all of V,
+    first). Ties go to the lowest id. logprob and entropy, in nats, are of softmax(logits / temperature) over all of V,
     before anything is removed (of softmax(logits) when greedy): what a trainer can recompute from the model alone.
     A row's result depends on that row's arguments only. Raises ValueError for a row without a distribution (NaN, +inf,
     only -inf), without a token left, a negative temperature, or a banned id outside [0, V).
@@ -71,7 +71,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int) 
     """[B, V] fp32 standard Gumbel variables for (seed, position, token), all [B] int64.
 
     Token t takes word t % 4 of Philox4x32-10 with key (seed low, seed high) and counter (t // 4, 0, position low,
-    position high). A word w is v = (w + 1/2) / 2³² in fp32, kept below 1, and the noise −log(−log(1 − v)): the steps are
+    position high). A word w is v = (w + 1/2) / 2³² in fp32, kept below 1, and the noise −log(−log(1 − v)). Steps are
     fine at small v, where the large values come from (up to 22.9); the smallest value is −2.8. The logarithms are
     written out in fp32 operations that are rounded once each, so that no two machines or libraries differ.
     """

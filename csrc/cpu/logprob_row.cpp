@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace {
@@ -21,8 +23,8 @@ AXPO_CLONES Chunk reduce_row(float* logits, int64_t n, float temperature) {
   Chunk c;
   bool invalid;
   c.max = scale_row(logits, logits, n, temperature, &invalid);
-  if (invalid) c.max = std::numeric_limits<float>::quiet_NaN();  // reaches both results, so it cannot go unseen
   softmax_sums(logits, n, c.max, &c.sum, &c.centred);
+  if (invalid) c.sum = std::numeric_limits<double>::quiet_NaN();  // reaches both results, so it cannot go unseen
   return c;
 }
 
@@ -39,7 +41,7 @@ void logprob_reduce(Tensor& logits, const Tensor& temperature, const Tensor& lab
       const Chunk c = reduce_row(data + r * n, n, t[r]);
       double* s = states + r * 4;
       // Both sums are moved to the new maximum; the centred one also shifts by sum * (old - new).
-      const double max = s[0] >= c.max ? s[0] : c.max;  // a NaN in the chunk wins
+      const double max = std::max(s[0], (double)c.max);
       const double old_shift = s[0] - max, new_shift = c.max - max;
       const double a = s[1] == 0 ? 0 : std::exp(old_shift), b = c.sum == 0 ? 0 : std::exp(new_shift);
       s[2] = (a == 0 ? 0 : a * (s[2] + s[1] * old_shift)) + (b == 0 ? 0 : b * (c.centred + c.sum * new_shift));

@@ -47,24 +47,28 @@ static AXPO_INLINE float scale_row(const float* logits, float* z, int64_t n, flo
   return hmax8(top);
 }
 
+// Adds eight entries; the largest ones, whose e^0 = 1 would swallow the rest, are counted apart.
+static AXPO_INLINE void softmax_add(f32x8 z, f32x8 max, f32x8* sum, f32x8* centred, i32x8* largest) {
+  const f32x8 d = max8(z - max, splat8(-100.0f)), e = exp8(d), zero = splat8(0.0f);  // e^-100 = 0; keeps -inf * 0 out
+  *largest -= d == zero;
+  *sum += d < zero ? e : zero;
+  *centred += e * d;
+}
+
 // sum = Σ e^{z−max} and centred = Σ e^{z−max} (z−max): logsumexp = max + log(sum), entropy = log(sum) − centred/sum.
 // Measuring z from the maximum keeps the entropy exact under any common offset. fp32 lanes over 1024 entries, then fp64.
 static AXPO_INLINE void softmax_sums(const float* z, int64_t n, float max, double* sum, double* centred) {
   constexpr int64_t kSpan = 1024;
-  const f32x8 m = splat8(max), floor = splat8(-100.0f);  // e^-100 is 0 in fp32; keeps -inf * 0 out
+  const f32x8 m = splat8(max);
   double total = 0, total_centred = 0;
   for (int64_t first = 0; first < n; first += kSpan) {
     const int64_t last = first + kSpan < n ? first + kSpan : n;
     f32x8 s = splat8(0.0f), t = s;
+    i32x8 largest = {};
     int64_t i = first;
-    for (; i + 8 <= last; i += 8) {
-      const f32x8 d = max8(load8(z + i) - m, floor), e = exp8(d);
-      s += e, t += e * d;
-    }
-    if (i < last) {
-      const f32x8 d = max8(load_tail(z + i, last - i, -kInfinity) - m, floor), e = exp8(d);
-      s += e, t += e * d;
-    }
+    for (; i + 8 <= last; i += 8) softmax_add(load8(z + i), m, &s, &t, &largest);
+    if (i < last) softmax_add(load_tail(z + i, last - i, -kInfinity), m, &s, &t, &largest);
+    for (int lane = 0; lane < 8; ++lane) total += largest[lane];
     total += sum8(s), total_centred += sum8(t);
   }
   *sum = total, *centred = total_centred;
