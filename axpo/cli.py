@@ -36,7 +36,7 @@ def load_config(schema: type[C], argv: Sequence[str] | None = None, *, prog: str
     try:
         return resolve(schema, argv, parser=parser, recipe=recipe)
     except ConfigError as error:
-        _exit(prog, error)
+        exit_with(prog, error)
 
 
 def resolve(schema: type[C], argv: Sequence[str], *, recipe: str, parser: argparse.ArgumentParser | None = None) -> C:
@@ -230,7 +230,8 @@ def _arity(info: FieldInfo) -> dict[str, str]:
     return {"nargs": "?"} if info.annotation is bool else {}
 
 
-def _exit(prog: str, error: ConfigError) -> NoReturn:
+def exit_with(prog: str, error: Exception) -> NoReturn:
+    """Ends the process with code 2 and the error's own words, a line each; only rank 0 speaks."""
     if int(os.environ.get("RANK", "0")) == 0:
         for line in str(error).splitlines():
             print(f"{prog}: error: {line}", file=sys.stderr)

@@ -208,6 +208,7 @@ class Config(_Section):
 
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
+    examples: Count = Field(default=20000, description="different teacher trajectories; an epoch goes through them all")
     from_scratch: bool = Field(
         default=False, description="draw fresh weights; take only shapes and tokenizer from model.path"
     )

@@ -1,6 +1,5 @@
 """The agent loop: rollouts and resamples think, call tools and answer, each at its own pace over one engine."""
 
-import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from PIL import Image
 
 from axpo.conversation import Conversation
 from axpo.grading import grade
-from axpo.resample import Candidate
+from axpo.resample import Candidate, call_uncertainty
 from axpo.tasks import Question
 from axpo.tools import ToolResult
 from axpo.tools.parse import ParsedCall
@@ -124,7 +123,7 @@ class Agent:
         assert branch.status is not None, f"branch {branch.id} has not ended"
         sequence = branch.sequence
         tokens = list(sequence.token_ids)
-        return Trajectory(
+        trajectory = Trajectory(
             step=step,
             question_id=branch.question.id,
             group=branch.group,
@@ -141,11 +140,14 @@ class Agent:
             reward=branch.reward,
             status=branch.status,
             tool_calls=branch.calls,
-            confidence=_confidence(branch),
+            confidence=None,
             text=self.conversation.processor.decode(tokens[branch.prompt_len :]),
             images=list(sequence.images),
             positions=self.conversation.processor.positions(tokens, sequence.images),
         )
+        uncertainty = call_uncertainty(trajectory)
+        trajectory.confidence = uncertainty[0] if uncertainty else None
+        return trajectory
 
     def _open(self, question: Question, limits: Limits) -> EngineSequence:
         images = self.llm.image_inputs(question.images)
@@ -268,12 +270,3 @@ class Agent:
 def _as_tool_call(call: ParsedCall, branch: Branch) -> ToolCall:
     start, end = branch.turn_start + call.start, branch.turn_start + call.end
     return ToolCall(call.name, call.arguments, False, call.error, branch.turn, start, end)
-
-
-def _confidence(branch: Branch) -> float | None:
-    """Mean probability of the first call's tokens behind the opening tag (PAPER.md, "AXPO" 3); None without one."""
-    if not branch.calls:
-        return None
-    call = branch.calls[0]
-    logprobs = [logprob for logprob in branch.logprobs[call.start + 1 : call.end] if logprob is not None]
-    return math.fsum(map(math.exp, logprobs)) / len(logprobs) if logprobs else None

@@ -58,6 +58,9 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:06d}"
 
+    def evaluation(self, step: int) -> Path:
+        return self.path / "evaluation" / f"step_{step:06d}.json"
+
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; one that is still being written has another name."""
         folder = self.path / "checkpoints"

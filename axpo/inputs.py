@@ -1,0 +1,69 @@
+"""What a run is made of, checked in the order of its cost: files and questions first, weights last."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from axpo.config import Config
+from axpo.conversation import Conversation
+from axpo.distributed import device, world_size
+from axpo.paths import model_directory
+from axpo.rollout import Agent
+from axpo.tasks import Task, get_task
+from axpo.tools import get_tools
+from engine import LLM, Processor
+from engine.models import ModelConfig
+from engine.weights import shards
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The checked inputs of a run; nothing large is loaded yet."""
+
+    source: Path
+    task: Task
+    conversation: Conversation
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Looks at everything that a run needs before anything expensive starts.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
+    """
+    source = model_directory(config.model.path)
+    model = ModelConfig.from_pretrained(source)
+    shards(source)
+    if config.rollout.max_tokens > model.text.max_position_embeddings:
+        raise ValueError(
+            f"rollout.max_tokens = {config.rollout.max_tokens}: the model's context is "
+            f"{model.text.max_position_embeddings} tokens; set it to that or less"
+        )
+    if config.rollout.questions_per_step % world_size():
+        raise ValueError(
+            f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
+            "ranks, which share the questions evenly"
+        )
+    task = _task(config)
+    if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
+        raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
+    return Inputs(source, task, Conversation(Processor(source, model), get_tools(config.rollout.tools)))
+
+
+def make_agent(config: Config, inputs: Inputs) -> Agent:
+    """Loads the engine with the checkpoint's weights."""
+    llm = LLM(
+        inputs.source,
+        dtype=getattr(torch, config.model.dtype),
+        device=device(),
+        kv_cache_bytes=config.rollout.kv_cache_bytes,
+        max_batch_tokens=config.rollout.max_batch_tokens,
+    )
+    return Agent(llm, inputs.conversation, config.run.seed)
+
+
+def _task(config: Config) -> Task:
+    if config.data.task == "jsonl":
+        return get_task("jsonl", path=config.data.path, heldout_path=config.data.heldout_path)
+    return get_task(config.data.task)

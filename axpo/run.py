@@ -1,0 +1,155 @@
+"""A run's state and its bookkeeping: engine, learner, clock, log, evaluations, checkpoints, the end."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+from axpo.config import Config
+from axpo.distributed import barrier, device, gather_objects, rank
+from axpo.evaluate import Evaluation, comparison, evaluate
+from axpo.inputs import Inputs, make_agent
+from axpo.learner import Learner
+from axpo.metrics import MetricsLogger, Spans
+from axpo.rundir import RunDir, write_json
+from axpo.tasks import Question
+from axpo.trajectory import SAMPLED, Trajectory
+from axpo.weights_sync import push_weights
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step's trajectories of all ranks, without images: `resamples` by the id of their source."""
+
+    groups: list[list[Trajectory]]
+    resamples: dict[str, list[Trajectory]]
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [t for group in self.groups for t in group] + [t for k in self.resamples.values() for t in k]
+
+
+class Run:
+    """A context manager: made from checked inputs and a run directory, standing at the directory's last checkpoint."""
+
+    def __init__(self, config: Config, inputs: Inputs, directory: RunDir):
+        self.config, self.inputs, self.directory = config, inputs, directory
+        self.log = MetricsLogger(
+            directory,
+            steps=config.run.steps,
+            rank=rank(),
+            tensorboard=config.log.tensorboard,
+            console=config.log.console,
+        )
+        self.agent = make_agent(config, inputs)
+        self.learner = Learner(
+            inputs.source,
+            dtype=getattr(torch, config.model.dtype),
+            device=device(),
+            optim=config.optim,
+            total_steps=config.run.steps,
+            loss=config.loss,
+            temperature=config.rollout.temperature,
+        )
+        self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
+        found = latest(directory.path / "checkpoints")
+        self.step = load_checkpoint(found, self.learner).step if found else 0
+        self.push_weights()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.log.close()
+
+    def questions(self, step: int) -> list[tuple[int, Question]]:
+        """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
+        count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
+        drawn = range((step - 1) * count, step * count)
+        order = [int(_order(self.config.run.seed, index // size, size)[index % size]) for index in drawn]
+        return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
+
+    def push_weights(self) -> None:
+        """The trained weights become the engine's."""
+        push_weights(self.learner.model, self.agent.llm.model)
+        self.agent.llm.weights_updated()
+
+    def gather(self, groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]]) -> StepRecord:
+        """The step's trajectories of every rank, in question order, on every rank."""
+        light = [[_light(trajectory) for trajectory in group] for group in groups]
+        children = {source: [_light(trajectory) for trajectory in branches] for source, branches in resamples.items()}
+        everyone = gather_objects([(light, children)])
+        ordered = sorted((group for some, _ in everyone for group in some), key=lambda group: group[0].group)
+        return StepRecord(ordered, {source: branches for _, some in everyone for source, branches in some.items()})
+
+    def finish_step(self, step: int, record: StepRecord, metrics: dict[str, float | None]) -> None:
+        """Trajectories, then metrics, then the checkpoint: a resume drops what lies behind its checkpoint."""
+        self.step = step
+        with self.spans("log"):
+            if rank() == 0:
+                self.directory.write_trajectories(step, record.trajectories)
+        seconds = self.spans.metrics()
+        sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
+        metrics["perf/rollout_tokens_per_s"] = sampled / (seconds["perf/rollout_s"] + seconds["perf/resample_s"])
+        metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
+        self.log.log(step, metrics | seconds)
+        last, every = step == self.config.run.steps, self.config.checkpoint.every
+        if last or (every and step % every == 0):
+            with self.spans("checkpoint"):
+                progress = Progress(step, step * self.config.rollout.questions_per_step, "")
+                save_checkpoint(
+                    self.directory.path / "checkpoints", self.learner, progress, self.config.checkpoint.keep
+                )
+        if self.config.eval.every and step % self.config.eval.every == 0 and not last:
+            with self.spans("evaluation"):
+                self.evaluate()
+
+    def evaluate_before(self) -> None:
+        if self.step == 0 and self.config.eval.questions:
+            self.log.print(f"evaluating {self.config.model.path} on {self.config.eval.questions} held-out questions …")
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Evaluates the policy of this step and writes evaluation/step_000010.json."""
+        result = evaluate(self.agent, self.inputs.task, self.config, self.step)
+        if rank() == 0:
+            write_json(self.directory.evaluation(self.step), result.to_json())
+        barrier()
+
+    def finish_run(self) -> None:
+        """Exports the policy, evaluates it, shows before and after, and writes the report."""
+        export_policy(self.learner, self.inputs.source, self.directory.policy)
+        if self.config.eval.questions:
+            self.log.print("evaluating the trained policy …")
+            self.evaluate()
+        if rank() == 0:
+            from axpo.report import write_report
+
+            if self.config.eval.questions:
+                self.log.print(comparison(self._before_and_after()))
+            report = write_report(self.directory.path, self.config.log.trees_in_report)
+            self.log.print(f"policy  {self.directory.policy}\nreport  {report}")
+        barrier()
+
+    def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
+        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.step)}
+        return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
+
+
+@cache
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def _light(trajectory: Trajectory) -> Trajectory:
+    return replace(trajectory, images=[], positions=None)
+
+
+def _new_tokens(trajectory: Trajectory) -> int:
+    """Sampled tokens that are the trajectory's own, behind its fork."""
+    return trajectory.roles[trajectory.fork_token or 0 :].count(SAMPLED)

@@ -1,0 +1,133 @@
+"""Supervised fine-tuning on the task's teacher: `torchrun -m axpo.sft [recipe] [--section.field value …]`."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from axpo.cli import load_config
+from axpo.config import SftConfig
+
+if TYPE_CHECKING:
+    from axpo.tree import PackedBatch
+
+
+def main() -> None:
+    config = load_config(SftConfig, prog="axpo.sft", recipe="mini-sft")
+    # After the configuration is known to be right: these take seconds to import.
+    import torch
+
+    from axpo import distributed
+    from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+    from axpo.learner import Learner
+    from axpo.metrics import MetricsLogger, Spans
+    from axpo.paths import model_directory
+    from axpo.rundir import continue_from, open_run_dir
+    from axpo.tree import pack_trees
+
+    device = distributed.device()
+    distributed.initialise(device)
+    source = model_directory(config.model.path)
+    run = open_run_dir(config, rank=distributed.rank())
+    distributed.barrier()
+    run = continue_from(run.path)
+    dataset = TeacherData(source, config, distributed.rank(), distributed.world_size())
+    learner = Learner(
+        source,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        optim=config.optim,
+        total_steps=config.run.steps,
+        scratch_seed=config.run.seed if config.sft.from_scratch else None,
+    )
+    checkpoints = run.path / "checkpoints"
+    start = load_checkpoint(found, learner).step if (found := latest(checkpoints)) else 0
+    log = MetricsLogger(
+        run,
+        steps=config.run.steps,
+        rank=distributed.rank(),
+        tensorboard=config.log.tensorboard,
+        console=config.log.console,
+        columns=(("loss", "policy/loss", "{:.3f}"), ("s/step", "perf/step_s", "{:.2f}")),
+    )
+    spans = Spans()
+    with log:
+        for step in range(start + 1, config.run.steps + 1):
+            with spans("data"):
+                batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens)
+            with spans("train"):
+                metrics = learner.sft_step(batches)
+            if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                with spans("checkpoint"):
+                    progress = Progress(step, step * config.sft.batch_size, "")
+                    save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
+            log.log(step, metrics | spans.metrics())
+    export_policy(learner, source, run.policy)
+    if config.sft.export and distributed.rank() == 0:
+        for file in run.policy.iterdir():
+            shutil.copy2(file, Path(config.sft.export) / file.name)
+    distributed.finish()
+
+
+class TeacherData:
+    """The mini task's teacher trajectories as packed rows; example i is the same whatever the number of ranks."""
+
+    def __init__(self, source: Path, config: SftConfig, rank: int, world_size: int):
+        from axpo.tasks import get_task
+        from engine import Processor
+
+        self.config = config
+        self.rank, self.world_size = rank, world_size
+        self.task = get_task(config.data.task)
+        self.processor = Processor.from_pretrained(source)
+        self._tree = cache(self._make_tree)
+
+    def batch(self, step: int) -> list["PackedBatch"]:
+        """This rank's share of the examples of step 1, 2, …; an epoch is `sft.examples` of them in a new order."""
+        size, count = self.config.sft.batch_size, self.config.sft.examples
+        wanted = np.arange((step - 1) * size, step * size)[self.rank :: self.world_size]
+        return [self._tree(int(_order(self.config.run.seed, index // count, count)[index % count])) for index in wanted]
+
+    def _make_tree(self, example: int) -> "PackedBatch":
+        from axpo.tasks.teacher import sft_example
+        from axpo.trajectory import PROMPT, SAMPLED, Trajectory
+        from axpo.tree import build_trees
+
+        question = self.task.question("train", example % self.task.size("train"))
+        rng = np.random.default_rng([self.config.run.seed, example])
+        tokens, mask, images = sft_example(question, rng, self.processor)
+        length = len(tokens)
+        trajectory = Trajectory(
+            step=0,
+            question_id=question.id,
+            group=example,
+            id=f"teacher/{example}",
+            parent=None,
+            fork_token=None,
+            prompt_len=mask.index(1),
+            tokens=tokens,
+            roles=[SAMPLED if trained else PROMPT for trained in mask],
+            loss_mask=mask,
+            logprobs=[None] * length,
+            entropies=[None] * length,
+            advantages=[0.0] * length,
+            reward=1.0,
+            status="answered",
+            tool_calls=[],
+            confidence=None,
+            text="",
+            images=list(images),
+            positions=self.processor.positions(tokens, images),
+        )
+        return build_trees([trajectory], {}, self.processor.image_token_id)[0]
+
+
+@cache
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+if __name__ == "__main__":
+    main()
