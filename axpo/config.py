@@ -229,6 +229,12 @@ class SftConfig(_Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
+    @model_validator(mode="after")
+    def _task_has_a_teacher(self) -> SftConfig:
+        if self.data.task != "mini":
+            raise ValueError(f"data.task = {self.data.task!r}: only 'mini' has a teacher to learn from")
+        return self
+
 
 def to_toml(config: BaseModel) -> str:
     """The resolved configuration as TOML that `axpo.train` reads back; run.resume is always false in it."""

@@ -15,7 +15,7 @@ from axpo.config import Config, SftConfig, to_toml
 from axpo.trajectory import Trajectory
 
 CHECKPOINT_STATE = "state.json"  # the file that every checkpoint directory holds
-_STEP = re.compile(r"step_(\d{6,})(?:\.jsonl)?$")
+_STEP = re.compile(r"step_(\d{6,})(?:\.jsonl?)?$")
 # What may differ on a resume, because it changes nothing that is computed. run.steps may only grow.
 _FREE = ("run.dir", "run.resume", "run.steps", "rollout.kv_cache_bytes", "rollout.max_batch_tokens")
 _FREE_SECTIONS = ("checkpoint", "log")
@@ -74,7 +74,7 @@ class RunDir:
 def open_run_dir(config: Config | SftConfig, *, rank: int = 0) -> RunDir:
     """Make `<run.dir>/<run.name>/`, or with run.resume return to it as it was at its last complete checkpoint.
 
-    On a resume the trajectories and metrics of later steps are removed, since those steps are computed again; without
+    On a resume the trajectories, evaluations and metrics of later steps are removed, since those steps are computed again; without
     any checkpoint the run starts over. policy/ and report.html stay until the end of the run replaces them. Only rank 0
     checks and writes; the others wait for it at a barrier of the caller's, then ask `continue_from` for the step.
 
@@ -165,9 +165,9 @@ def _get(config: dict[str, dict[str, Any]], name: str) -> Any:
 
 
 def _forget_after(run_dir: RunDir) -> None:
-    """Remove what was written for steps behind the checkpoint, trajectories first: metrics say how far the run came."""
+    """Remove what was written for steps behind the checkpoint; metrics last, since they say how far the run came."""
     step, path = run_dir.checkpoint_step, run_dir.path
-    for file in (path / "trajectories").glob("step_*.jsonl"):
+    for file in [*(path / "trajectories").glob("step_*"), *(path / "evaluation").glob("step_*")]:
         if _step(file.name) > step:
             file.unlink()
     if run_dir.metrics.exists():
@@ -187,7 +187,7 @@ def _keep_lines_until(path: Path, step: int) -> None:
 
 
 def _step(name: str) -> int:
-    """The step of step_000001 or step_000001.jsonl; -1 for another name."""
+    """The step of step_000001, step_000001.jsonl or step_000001.json; -1 for another name."""
     match = _STEP.match(name)
     return int(match[1]) if match else -1
 

@@ -144,6 +144,11 @@ def test_embedded_recipes_are_valid():
     assert differing == {"run", "algo"}, "the baseline must differ in nothing but its name and the algorithm"
 
 
+def test_only_the_task_with_a_teacher_can_be_fine_tuned_on():
+    with pytest.raises(ConfigError, match="data.task = 'jsonl': only 'mini' has a teacher"):
+        resolve(SftConfig, ["--data.task=jsonl", "--data.path=x"], recipe="mini-sft")
+
+
 def test_configuration_cannot_be_changed_later():
     with pytest.raises(ValidationError, match="frozen"):
         Config().run.steps = 3  # type: ignore[misc]

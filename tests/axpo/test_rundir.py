@@ -53,6 +53,7 @@ def started(tmp_path: Path, steps: int, checkpoints: list[int]) -> RunDir:
     rng = random.Random(0)
     for step in range(1, steps + 1):
         run_dir.write_trajectories(step, [trajectory(step, rng)])
+        write_json(run_dir.evaluation(step), {"step": step})
     lines = [json.dumps({"step": step, "reward/mean": step / 7}) for step in range(steps + 1)]
     run_dir.metrics.write_text("\n".join(lines) + '\n{"step": 1')
     return run_dir
@@ -101,6 +102,7 @@ def test_resume_goes_back_to_the_last_complete_checkpoint(tmp_path: Path, checkp
     assert continue_from(run_dir.path) == run_dir, "other ranks agree"
     assert {step: run_dir.trajectories(step).read_bytes() for step in untouched} == untouched
     assert not any(run_dir.trajectories(step).exists() for step in range(kept + 1, 7))
+    assert [run_dir.evaluation(step).exists() for step in range(1, 6)] == [step <= kept for step in range(1, 6)]
     steps = [json.loads(line)["step"] for line in run_dir.metrics.read_text().splitlines()]
     assert steps == (list(range(kept + 1)) if kept else []), "a run that starts over evaluates step 0 again"
     assert tomllib.loads(run_dir.config.read_text())["run"]["steps"] == 12
