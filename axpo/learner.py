@@ -79,7 +79,7 @@ class Learner:
             load_sharded(self.reference, path)
         # After sharding and before any forward: the optimizer must hold the sharded parameters.
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps
+            _parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
         )
 
     def step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:

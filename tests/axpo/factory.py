@@ -157,8 +157,8 @@ def alone(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, parent=None, fork_token=None, loss_mask=list(trajectory.loss_mask))
 
 
-def write_checkpoint(path: Path, seed: int = 0, tie: bool = True) -> Path:
-    """A random Qwen3-VL of two layers that reads the vocabulary above."""
+def write_checkpoint(path: Path, seed: int = 0, tie: bool = True, vision: bool = True) -> Path:
+    """A random Qwen3-VL of two layers that reads the vocabulary above; a Qwen3 without vision."""
     path.mkdir(parents=True)
     text_config = {
         "vocab_size": VOCAB,
@@ -192,6 +192,8 @@ def write_checkpoint(path: Path, seed: int = 0, tie: bool = True) -> Path:
         "vision_end_token_id": VISION_END,
         "tie_word_embeddings": tie,
     }
+    if not vision:
+        config = {"model_type": "qwen3", "tie_word_embeddings": tie, **text_config}
     (path / "config.json").write_text(json.dumps(config))
     model = Qwen3VL(ModelConfig.from_pretrained(path))
     generator = torch.Generator().manual_seed(seed)

@@ -218,6 +218,14 @@ def test_the_placeholder_changes_nothing(checkpoint: Path):
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_model_without_vision_trains(tmp_path: Path):
+    learner = build_learner(write_checkpoint(tmp_path / "text", vision=False))
+    assert placeholder(learner.config).images == ()
+    before = weights(learner)
+    assert learner.step(batches(2))["policy/grad_norm"] > 0
+    assert all(not torch.equal(before[name], weight) for name, weight in weights(learner).items())
+
+
 def test_weights_from_scratch(checkpoint: Path):
     a, b, c = (weights(build_learner(checkpoint, loss=None, scratch_seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(weight, b[name]) for name, weight in a.items())
