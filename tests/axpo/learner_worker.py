@@ -42,6 +42,8 @@ def fixed_step(update: int) -> tuple[list[list[Trajectory]], dict[str, list[Traj
     """Update 0 and 1: three questions. Update 2: one, without an image, so that a second rank has no work at all."""
     rng = random.Random(update)
     groups = [text_only(random_group(rng, tool_rate=0.0))] if update == 2 else [random_group(rng, g) for g in range(3)]
+    for group in groups:
+        group[0].reward, group[1].reward = 1.0, 0.0
     resamples = {r.id: random_resamples(rng, r) for g in groups for r in g if r.used_tool and rng.random() < 0.5}
     for trajectory in [t for group in [*groups, *resamples.values()] for t in group]:
         trajectory.logprobs = [None if lp is None else -3.9 + 0.1 * lp for lp in trajectory.logprobs]
