@@ -13,6 +13,8 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is made on first import: compiling all of torch and transformers takes longer than using them.
+INSTALL := $(PIP) install --no-compile
 INSTALLED := $(VENV)/.installed
 SOURCES := setup.py $(wildcard csrc/*/*)
 
@@ -63,11 +65,11 @@ $(BIN)/python:
 
 # torch comes first and alone: any later request is then satisfied and cannot pull in another build.
 $(VENV)/.torch: $(BIN)/python
-	$(PIP) install $(TORCH)
-	$(PIP) install -c constraints-cpu.txt setuptools ninja
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -c constraints-cpu.txt setuptools ninja
 	touch $@
 
 # Again whenever a dependency or a C++ source changed: a few seconds when there is nothing to download or build.
 $(INSTALLED): $(VENV)/.torch pyproject.toml constraints-cpu.txt $(SOURCES)
-	$(PIP) install -c constraints-cpu.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) -c constraints-cpu.txt --no-build-isolation -e '.[dev]'
 	touch $@

@@ -74,9 +74,9 @@ class RunDir:
 def open_run_dir(config: Config | SftConfig, *, rank: int = 0) -> RunDir:
     """Make `<run.dir>/<run.name>/`, or with run.resume return to it as it was at its last complete checkpoint.
 
-    On a resume the trajectories, evaluations and metrics of later steps are removed, since those steps are computed again; without
-    any checkpoint the run starts over. policy/ and report.html stay until the end of the run replaces them. Only rank 0
-    checks and writes; the others wait for it at a barrier of the caller's, then ask `continue_from` for the step.
+    On a resume the trajectories, evaluations and metrics of later steps are removed, since those steps are computed
+    again; without any checkpoint the run starts over. policy/ and report.html stay until the end of the run replaces
+    them. Only rank 0 checks and writes; the others wait for it at a barrier of the caller's, then ask `continue_from`.
 
     Raises RunDirError; nothing has been changed then.
     """

@@ -145,7 +145,7 @@ def test_embedded_recipes_are_valid():
 
 
 def test_only_the_task_with_a_teacher_can_be_fine_tuned_on():
-    with pytest.raises(ConfigError, match="data.task = 'jsonl': only 'mini' has a teacher"):
+    with pytest.raises(ConfigError, match=r"data\.task = 'jsonl': only 'mini' has a teacher"):
         resolve(SftConfig, ["--data.task=jsonl", "--data.path=x"], recipe="mini-sft")
 
 
