@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._library import use_cpp
+from kernels._library import LOADED, use_cpp
 
 
 def write_kv(
@@ -67,3 +67,14 @@ def copy_blocks_reference(kv: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
     offset = torch.arange(kv.shape[4], device=kv.device)
     copied = (offset < valid[:, None])[:, None, :, None]  # [P, 1, block_size, 1] against [L, 2, P, Hk, block_size, D]
     kv[:, :, dst] = torch.where(copied, kv[:, :, src], kv[:, :, dst])
+
+
+if LOADED:  # nothing is returned: only that these can be traced
+
+    @torch.library.register_fake("axpo::write_kv")
+    def _fake_write_kv(k, v, k_cache, v_cache, slot_mapping):
+        return None
+
+    @torch.library.register_fake("axpo::copy_blocks")
+    def _fake_copy_blocks(kv, src, dst, valid):
+        return None

@@ -2,6 +2,8 @@
 
 import torch
 
+from kernels._library import LOADED, use_cpp
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -24,6 +26,8 @@ def paged_attention(
     a prefill was cut, not on the number of threads. Raises ValueError for shapes or lengths that do not fit.
     """
     _check(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens)
+    if use_cpp(q, k_cache, v_cache) and q.shape[2] % 8 == 0 and q.shape[2] <= 256 and k_cache.shape[2] % 8 == 0:
+        return torch.ops.axpo.paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
     return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
 
 
@@ -86,3 +90,10 @@ def _check(
     ):
         if tensor.dtype != torch.int32:
             raise ValueError(f"paged_attention: {name} is {tensor.dtype}: convert it to int32")
+
+
+if LOADED:
+
+    @torch.library.register_fake("axpo::paged_attention")
+    def _fake(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale):
+        return q.new_empty(q.shape)

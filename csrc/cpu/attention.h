@@ -1,4 +1,4 @@
-// Building blocks of the CPU attention kernels: a register-blocked product, an 8 x 8 transpose, work distribution.
+// Building blocks of the CPU attention kernels: a register-blocked product, transposing loads, work distribution.
 //
 // A matrix [rows, D] is kept "in strips": [ceil(D / 16)][rows][16], the last strip padded with zeros. Then every
 // operand of every product below has constant strides.
@@ -45,32 +45,30 @@ static AXPO_INLINE void fma16(f32x8 (&acc)[MR][2], const float* a, const float* 
 #endif
 #endif
 
-// Rows r[0..8) become columns: afterwards r[i][j] is the former r[j][i].
-static AXPO_INLINE void transpose8(f32x8 (&r)[8]) {
+// Columns of eight rows, `stride` floats apart: columns[k][j] = rows[j * stride + k] for k < 4. Half rows are joined
+// while they are loaded, which leaves only shuffles within 128 bits.
+static AXPO_INLINE void load_columns4(const float* rows, int64_t stride, f32x8 (&columns)[4]) {
 #ifdef AXPO_SHUFFLE
-  f32x8 t[8], u[8];
+  const float* upper = rows + 4 * stride;
+  f32x8 r[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  for (int j = 0; j < 4; ++j) {
+    const f32x4_unaligned low = *reinterpret_cast<const f32x4_unaligned*>(rows + j * stride);
+    const f32x4_unaligned high = *reinterpret_cast<const f32x4_unaligned*>(upper + j * stride);
+    r[j] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = __builtin_shufflevector(t[i], t[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    u[i + 1] = __builtin_shufflevector(t[i], t[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    u[i + 2] = __builtin_shufflevector(t[i + 1], t[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    u[i + 3] = __builtin_shufflevector(t[i + 1], t[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
+  const f32x8 a = __builtin_shufflevector(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const f32x8 b = __builtin_shufflevector(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const f32x8 c = __builtin_shufflevector(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const f32x8 d = __builtin_shufflevector(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  columns[0] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+  columns[1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+  columns[2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+  columns[3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
 #else
-  float m[8][8];
-  for (int i = 0; i < 8; ++i) store8(m[i], r[i]);
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) r[i][j] = m[j][i];
+  for (int k = 0; k < 4; ++k) {
+    for (int j = 0; j < 8; ++j) columns[k][j] = rows[j * stride + k];
+  }
 #endif
 }
 

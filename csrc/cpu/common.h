@@ -40,6 +40,7 @@ namespace axpo {
 // one-float alignment make loads through float pointers legal and unaligned.
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
 static AXPO_INLINE f32x8 load8(const float* p) { return *reinterpret_cast<const f32x8_unaligned*>(p); }

@@ -26,6 +26,7 @@ constexpr int kPanel = 16;               // keys in a panel
 constexpr int kGroup = 4;                // panels handled together
 constexpr int kCols = kGroup * kPanel;   // columns of a score tile
 constexpr int64_t kChunks = 4;           // query ranges of the backward pass
+constexpr int64_t kMaxDim = 256;
 static_assert(kRows % kBlock == 0 && kRows % 16 == 0);
 
 struct Shape {
@@ -84,16 +85,20 @@ AXPO_CLONES void pack_rows(const float* x, int64_t row_stride, int64_t count, in
 
 // The same rows (at most 16) transposed: out [padded D][16].
 AXPO_CLONES void pack_transposed(const float* x, int64_t row_stride, int64_t count, int64_t dim, float* out) {
-  for (int64_t d = 0; d < strips(dim) * kStrip; d += 8) {
-    for (int64_t half = 0; half < 2; ++half) {
-      f32x8 rows[8];
-      for (int64_t j = 0; j < 8; ++j) {
-        const int64_t r = 8 * half + j;
-        rows[j] = r < count && d < dim ? load8(x + r * row_stride + d) : splat8(0.0f);
-      }
-      transpose8(rows);
-      for (int64_t j = 0; j < 8; ++j) store8(out + (d + j) * kPanel + 8 * half, rows[j]);
+  float tail[kPanel * kMaxDim];
+  if (count < kPanel) {  // the last panel: filled up with zeros
+    std::fill_n(tail, kPanel * dim, 0.0f);
+    for (int64_t r = 0; r < count; ++r) std::copy_n(x + r * row_stride, dim, tail + r * dim);
+    x = tail;
+    row_stride = dim;
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int64_t d = 0; d < dim; d += 4) {
+      f32x8 columns[4];
+      load_columns4(x + 8 * half * row_stride + d, row_stride, columns);
+      for (int k = 0; k < 4; ++k) store8(out + (d + k) * kPanel + 8 * half, columns[k]);
     }
+    for (int64_t d = dim; d < strips(dim) * kStrip; ++d) store8(out + d * kPanel + 8 * half, splat8(0.0f));
   }
 }
 
@@ -421,8 +426,8 @@ Shape shape_of(const at::Tensor& q, const at::Tensor& k) {
   s.strips = strips(s.dim);
   s.panels = (s.tokens + kPanel - 1) / kPanel;
   s.tiles = (s.tokens + kRows - 1) / kRows;
-  TORCH_CHECK_VALUE(s.dim % 8 == 0 && s.dim <= 256, "tree_attention: D = ", s.dim,
-                    " must be a multiple of 8 up to 256");
+  TORCH_CHECK_VALUE(s.dim % 8 == 0 && s.dim <= kMaxDim, "tree_attention: D = ", s.dim,
+                    " must be a multiple of 8 up to ", kMaxDim);
   TORCH_CHECK_VALUE(s.tokens < std::numeric_limits<int32_t>::max(), "tree_attention: too many tokens: ", s.tokens);
   return s;
 }
