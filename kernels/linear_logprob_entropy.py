@@ -7,10 +7,10 @@ import torch
 from kernels._library import MODE, use_cpp
 
 IGNORE_INDEX = -100
-# Columns of the vocabulary taken at a time. Fixed, so that the order of a row's sums never depends on N.
-VOCAB_CHUNK = 8192
-# Bytes of logits held at a time; sets the number of rows taken together.
-LOGITS_BYTES = 64 << 20
+# Rows and vocabulary columns taken at a time: at most 16 MiB of fp32 logits, which a last-level cache holds. The columns
+# are fixed so that the order of a row's sums never depends on N.
+ROW_CHUNK = 1024
+VOCAB_CHUNK = 4096
 # BLAS libraries multiply fewer rows than this by another routine, whose bits differ.
 MIN_ROWS = 4
 
@@ -65,11 +65,11 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of at most `size`; a remainder below MIN_ROWS joins the chunk before it."""
+def _row_chunks(total: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of ROW_CHUNK rows each; a remainder below MIN_ROWS joins the chunk before it."""
     start = 0
     while start < total:
-        end = total if total - start < size + MIN_ROWS else start + size
+        end = total if total - start < ROW_CHUNK + MIN_ROWS else start + ROW_CHUNK
         yield start, end
         start = end
 
@@ -83,12 +83,8 @@ class _Logits:
 
     def __init__(self, hidden: torch.Tensor, vocabulary: int):
         self.hidden, self.dtype = hidden, _accumulator(hidden)
-        width = min(vocabulary, VOCAB_CHUNK) or 1
-        self.rows = max(LOGITS_BYTES // (width * self.dtype.itemsize), MIN_ROWS)
-        self.memory = hidden.new_empty((min(self.rows + MIN_ROWS, hidden.shape[0]) * width,), dtype=self.dtype)
-
-    def row_chunks(self) -> Iterator[tuple[int, int]]:
-        return _chunks(self.hidden.shape[0], self.rows)
+        rows = min(ROW_CHUNK + MIN_ROWS, hidden.shape[0])
+        self.memory = hidden.new_empty((rows * min(vocabulary, VOCAB_CHUNK),), dtype=self.dtype)
 
     def compute(self, start: int, end: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden[start:end], its logits against `weight` [C, H]), both in the accumulator's dtype."""
@@ -119,7 +115,7 @@ def _forward(
     reduce = torch.ops.axpo.logprob_reduce.default if use_cpp(logits.memory) else _reduce_reference
     for first in range(0, vocabulary, VOCAB_CHUNK):
         columns = weight[first : first + VOCAB_CHUNK].to(dtype)
-        for start, end in logits.row_chunks():
+        for start, end in _row_chunks(len(hidden)):
             _, z = logits.compute(start, end, columns)
             reduce(z, temperature[start:end], labels[start:end], first, state[start:end])
     maximum, total, centred, at_label = state[:n].unbind(1)
@@ -163,7 +159,7 @@ def _backward(
         columns = weight[first : first + VOCAB_CHUNK].to(dtype)
         slice_ = grad_weight[first : first + VOCAB_CHUNK]
         total = slice_ if slice_.dtype == dtype else torch.zeros_like(slice_, dtype=dtype)
-        for start, end in logits.row_chunks():
+        for start, end in _row_chunks(len(hidden)):
             x, dz = logits.compute(start, end, columns)
             t, m, ls, h, gl, gh = (r[start:end] for r in rows)
             gradient(dz, t, labels[start:end], first, ignore_index, m, ls, h, gl, gh)

@@ -20,7 +20,7 @@ fused_only = pytest.mark.skipif(MODE == "reference", reason="AXPO_KERNELS=refere
 def small_chunks(monkeypatch):
     """Makes a few hundred columns and a few dozen rows take several chunks."""
     monkeypatch.setattr(module, "VOCAB_CHUNK", 100)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 100 * 4 * 16)
+    monkeypatch.setattr(module, "ROW_CHUNK", 16)
 
 
 def problem(n: int, v: int, g: torch.Generator, h: int = 40, kind: str = "gaussian"):
@@ -168,7 +168,7 @@ def test_bitwise_equal_across_runs_threads_and_batches(generator, with_threads, 
     (Matrices of a few dozen columns are left out: there BLAS hands each thread so little that it changes its routine.)
     """
     monkeypatch.setattr(module, "VOCAB_CHUNK", 256)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 256 * 4 * 64)
+    monkeypatch.setattr(module, "ROW_CHUNK", 64)
     case = problem(200, 600, generator, h=128)
     once = run(linear_logprob_entropy, *case)
     for threads in (1, 2, 3):
@@ -185,7 +185,7 @@ def test_bitwise_equal_across_runs_threads_and_batches(generator, with_threads, 
 def test_no_full_logits_are_made(generator, monkeypatch):
     n, v, h = 300, 2000, 16
     monkeypatch.setattr(module, "VOCAB_CHUNK", 256)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 64 << 10)
+    monkeypatch.setattr(module, "ROW_CHUNK", 64)
     hidden, weight, labels, temperature, *_ = problem(n, v, generator, h=h)
     largest = 0
 
