@@ -1,5 +1,7 @@
 """tree_attention against float64, on random trees, with its promises: skipping is exact, gradients, determinism."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_sequences_side_by_side_equal_each_alone():
     q, k, v, grad = draw(tokens, 4, 2, 32, seed)
     end = torch.cat([torch.full((n,), int(stop)) for n, stop in zip(lengths, bounds[1:], strict=True)])
     packed = with_gradients(tree_attention, q, k, v, grad, end, 0.2)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         part = [x[start:stop] for x in (q, k, v, grad)]
         alone = with_gradients(tree_attention, *part, torch.full((int(stop - start),), int(stop - start)), 0.2)
         for a, b in zip(packed, alone, strict=True):
