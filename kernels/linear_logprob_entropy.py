@@ -7,8 +7,8 @@ import torch
 from kernels._library import MODE, use_cpp
 
 IGNORE_INDEX = -100
-# Rows and vocabulary columns taken at a time: at most 16 MiB of fp32 logits, which a last-level cache holds. The columns
-# are fixed so that the order of a row's sums never depends on N.
+# Rows and vocabulary columns taken at a time: at most 16 MiB of fp32 logits, which a last-level cache holds.
+# The columns are fixed so that the order of a row's sums never depends on N.
 ROW_CHUNK = 1024
 VOCAB_CHUNK = 4096
 # BLAS libraries multiply fewer rows than this by another routine, whose bits differ.
