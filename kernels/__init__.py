@@ -1,5 +1,6 @@
 """Operations of the engine and the trainer: each a plain-torch reference beside its compiled form."""
 
+from kernels import _claim  # noqa: F401  before anything can import transformers
 from kernels.kv_cache import copy_blocks, write_kv
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.paged_attention import paged_attention
