@@ -232,14 +232,23 @@ def load_sharded(model: Qwen3VL, path: str | Path) -> None:
 
 @torch.no_grad()
 def draw_weights(model: Qwen3VL, seed: int) -> None:
-    """Fresh weights, alike for any number of ranks: matrices N(0, 1/fan_in), embeddings N(0, 1), norms 1, biases 0."""
-    generator = torch.Generator().manual_seed(seed)
+    """Fresh weights, alike for any number of ranks.
+
+    Matrices N(0, 1/fan_in), those that write to a residual stream smaller by √(number of writers); embeddings N(0, 1);
+    norms 1, biases 0. The last norm is 1/√H when the head is tied, so that the first logits have variance 1.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    depth = {"visual": config.vision.depth if config.vision else 1, "language_model": config.text.num_layers}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            full = torch.full(parameter.shape, float(name.endswith("weight")))
+            tied_norm = config.tie_word_embeddings and name.endswith("language_model.norm.weight")
+            value = config.text.hidden_size**-0.5 if tied_norm else float(name.endswith("weight"))
+            full = torch.full(parameter.shape, value)
         else:
             fan_in = 1 if "embed_tokens" in name or "pos_embed" in name else math.prod(parameter.shape[1:])
-            full = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight"))
+            writers = 2 * depth["visual" if ".visual." in name else "language_model"] if writes else 1
+            full = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in * writers)
         with implicit_replication():
             parameter.copy_(full)
 

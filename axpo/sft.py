@@ -11,6 +11,8 @@ from axpo.cli import load_config
 from axpo.config import SftConfig
 
 if TYPE_CHECKING:
+    from axpo.tasks.teacher import Row
+    from axpo.trajectory import Trajectory
     from axpo.tree import PackedBatch
 
 
@@ -91,25 +93,31 @@ class TeacherData:
         return [self._tree(int(_order(self.config.run.seed, index // count, count)[index % count])) for index in wanted]
 
     def _make_tree(self, example: int) -> "PackedBatch":
-        from axpo.tasks.teacher import sft_example
-        from axpo.trajectory import PROMPT, SAMPLED, Trajectory
-        from axpo.tree import build_trees
+        from axpo.tasks.teacher import STYLES, sft_row
+        from axpo.tree import build_trees, with_labels
 
         question = self.task.question("train", example % self.task.size("train"))
         rng = np.random.default_rng([self.config.run.seed, example])
-        tokens, mask, images = sft_example(question, rng, self.processor)
-        length = len(tokens)
-        trajectory = Trajectory(
+        row = sft_row(question, rng, self.processor, STYLES[self.config.sft.style])
+        tree = build_trees([self._trajectory(question.id, example, row)], {}, self.processor.image_token_id)[0]
+        weight = self.config.sft.image_label_weight
+        return with_labels(tree, row.image_labels, weight) if weight else tree
+
+    def _trajectory(self, question_id: str, example: int, row: "Row") -> "Trajectory":
+        from axpo.trajectory import PROMPT, SAMPLED, Trajectory
+
+        length = len(row.tokens)
+        return Trajectory(
             step=0,
-            question_id=question.id,
+            question_id=question_id,
             group=example,
             id=f"teacher/{example}",
             parent=None,
             fork_token=None,
-            prompt_len=mask.index(1),
-            tokens=tokens,
-            roles=[SAMPLED if trained else PROMPT for trained in mask],
-            loss_mask=mask,
+            prompt_len=row.loss_mask.index(1),
+            tokens=row.tokens,
+            roles=[SAMPLED if trained else PROMPT for trained in row.loss_mask],
+            loss_mask=row.loss_mask,
             logprobs=[None] * length,
             entropies=[None] * length,
             advantages=[0.0] * length,
@@ -118,10 +126,9 @@ class TeacherData:
             tool_calls=[],
             confidence=None,
             text="",
-            images=list(images),
-            positions=self.processor.positions(tokens, images),
+            images=row.images,
+            positions=self.processor.positions(row.tokens, row.images),
         )
-        return build_trees([trajectory], {}, self.processor.image_token_id)[0]
 
 
 @cache

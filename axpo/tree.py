@@ -96,6 +96,22 @@ def pack_trees(trees: Sequence[PackedBatch], budget: int) -> list[PackedBatch]:
     return [concatenate(row) for row in rows]
 
 
+def with_labels(tree: PackedBatch, labels: Sequence[tuple[int, int]], weight: float) -> PackedBatch:
+    """The tree of a plain sequence with further targets: packed token `index` also predicts `label`, at this weight."""
+    index, label = (torch.tensor(column, dtype=torch.int64) for column in zip(*labels, strict=True))
+    inside = index < tree.num_tokens
+    index, label = index[inside], label[inside]
+    zero = torch.zeros(len(index))
+    return replace(
+        tree,
+        predict_index=torch.cat([tree.predict_index, index]),
+        labels=torch.cat([tree.labels, label]),
+        old_logprobs=torch.cat([tree.old_logprobs, zero + float("nan")]),
+        advantages=torch.cat([tree.advantages, zero]),
+        weights=torch.cat([tree.weights, zero + weight]),
+    )
+
+
 def concatenate(trees: Sequence[PackedBatch]) -> PackedBatch:
     """The trees one after another in one row, indices shifted."""
     offsets = np.cumsum([0, *(tree.num_tokens for tree in trees)]).tolist()

@@ -13,7 +13,7 @@ _KEY = 20_260_528  # of this task's random streams
 
 
 class MiniTask:
-    """Scenes drawn from (split, index) alone; held-out ones show digits and parts of photographs that training never does.
+    """Scenes from (split, index) alone; held-out ones show digits and parts of photographs that training never does.
 
     small_share: the share of questions that ask for a small tile, whose digit the overview does not show.
     `meta` of a question: `target` (index into tiles) and `tiles` (the fields of axpo.tasks.scenes.Tile).

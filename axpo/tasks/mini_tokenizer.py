@@ -31,8 +31,8 @@ PHRASES = (
     _AFTER_TOOLS,
     _CALL_FORM,
     '{"name": "image_zoom_in", "arguments": ',
-    '{"bbox_2d": [',
-    '], "label": "',
+    '{"label": "',
+    ' tile", "bbox_2d": [',
     r"<answer>\boxed{",
     "}</answer>",
 )
@@ -66,8 +66,9 @@ def _corpus() -> Iterator[str]:
     yield from sentences()
     for _ in range(50):  # often enough that each is one token
         for number in COORDINATES:
-            yield f"[{number}, {number}]"
-        yield 'system\nuser\nassistant\n\n tile"}}'
+            yield f"[{number}, {number}]}}"
+            yield f"[{number}, {number}]}}}}"
+        yield "system\nuser\nassistant\n\n"
 
 
 def chat_template() -> str:

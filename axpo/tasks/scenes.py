@@ -20,9 +20,9 @@ COLOURS = {
     "blue": (72, 112, 238),
     "purple": (186, 84, 222),
 }
-# (side of the tile, side of its digit) in pixels. The overview is 4 times smaller: a small tile is about one 4-pixel
-# patch there, its digit 2 to 3 pixels; the digit of a large one 11 to 13.
-SMALL = ((16, 10), (16, 11), (18, 11), (18, 12))
+# (side of the tile, side of its digit) in pixels. The overview is 4 times smaller: the digit of a small tile is 4 to 5
+# pixels there, which nobody reads; that of a large one 11 to 13.
+SMALL = ((24, 16), (24, 18), (26, 18), (28, 20))
 LARGE = ((52, 44), (56, 46), (56, 48), (60, 50))
 
 

@@ -1,90 +1,132 @@
-"""The scripted teacher of the mini task: correct trajectories, a quarter of them with a call and an imperfect box."""
+"""The scripted teacher of the mini task: right answers, a quarter of them by a call, with boxes that are imperfect."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from axpo.tasks import Question
 from axpo.tasks.mini import ask
 from axpo.tasks.scenes import COLOURS, SIDE
 from axpo.tools import get_tools
+from axpo.tools.image_zoom_in import pixel_box
 
 if TYPE_CHECKING:
     from engine.processor import ImageInput, Processor
 
-GRID = 16  # the teacher's coordinates are multiples of 1/16 of the image, so each is one token
+GRID = 8  # boxes lie on multiples of 1/8 of the image, so that each coordinate is one token
 COORDINATES = tuple(round(step * 1000 / GRID) for step in range(GRID + 1))
-TOOLS = get_tools(["image_zoom_in"], {"image_zoom_in": {"min_side": 16}})
+TOOLS = get_tools(["image_zoom_in"])
 
-_OPENINGS = ("I look for the {} tile.", "The question is about the {} tile.", "Let me find the {} tile.")
-_SIZES = {False: " It is small.", True: " It is large."}
-_PLACE = " It is at {}, {}."
-_ZOOM = (" I zoom in to read it.", " Zooming in will help.", " I need a closer look.")
-_READ = (" I can read it.", " It can be read from here.")
-_SEEN = ("The crop shows it.", "Now I can read it.", "The digit can be read.")
+_LOOK = "The {} tile is {}."
+_ZOOM = (" I zoom in to read it.", " Zooming in will help.")
+_SHOWS = "It shows {}."
+DESCRIBE = "Describe the tiles."
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How the teacher behaves; the defaults give the SFT model the symptoms that the paper starts from.
+    """How the teacher behaves.
 
     tool_small, tool_large: share of trajectories with a call, by the size of the tile asked for.
-    centre_noise: standard deviation of the box's centre, in pixels. side: median side of the box over the tile's.
-    side_noise: standard deviation of the logarithm of the side. place: share of thoughts without a call that say where
-    the tile is (never before a call: there the box itself is the decision).
+    side: median side of the box over the tile's; side_noise: standard deviation of its logarithm.
+    centre_noise: standard deviation of the box's centre, in pixels.
+    visible: the share of the digit that must lie in the box.
+    describe: share of rows that describe the whole scene instead of answering the question.
     """
 
-    tool_small: float = 0.38
-    tool_large: float = 0.07
-    centre_noise: float = 3.0
-    side: float = 2.0
-    side_noise: float = 0.35
-    place: float = 1.0
+    tool_small: float
+    tool_large: float
+    side: float
+    side_noise: float
+    centre_noise: float
+    visible: float
+    describe: float
 
 
-DEFAULT = Style()
+PRACTICE = Style(0.6, 0.3, side=1.4, side_noise=0.3, centre_noise=2.0, visible=0.9, describe=0.5)
+"""Teaches to see: find tiles, aim, read. What a pretrained model can do already."""
+
+TEACHER = Style(0.4, 0.07, side=2.2, side_noise=0.5, centre_noise=14.0, visible=0.3, describe=0.0)
+"""Gives the SFT model the symptoms that the paper starts from: rare calls, which mostly fail."""
+
+STYLES = {"practice": PRACTICE, "teacher": TEACHER}
 
 
-def teacher(question: Question, rng: np.random.Generator, style: Style = DEFAULT) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trajectory to learn from.
+
+    tokens, with images expanded; loss_mask 0/1 of the same length: assistant turns behind the generation prompt,
+    through <|im_end|>. image_labels: (index of an image token, token id of what it shows): a second, dense target.
+    """
+
+    tokens: list[int]
+    loss_mask: list[int]
+    images: list["ImageInput"]
+    image_labels: list[tuple[int, int]]
+
+
+def sft_row(question: Question, rng: np.random.Generator, processor: "Processor", style: Style) -> Row:
+    """A row for a mini question: the teacher's trajectory, or a description of its scene."""
+    if rng.random() < style.describe:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}]
+        return _row(asked + [_assistant(describe(question.meta["tiles"], rng), "")], question, processor)
+    return _row(question.messages + teacher(question, rng, style), question, processor)
+
+
+def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER) -> list[dict[str, Any]]:
     """The messages that continue a mini question to its right answer (thoughts in `reasoning_content`).
 
-    The crop of a call is in the tool message, under "image". Boxes are noisy, and kept when a strong reader could still
-    read the digit in the crop: the student cannot always.
+    The crop of a call is in the tool message, under "image". The teacher sees more than the student: its answer is right
+    also where the student will not be able to read the crop.
     """
     tile = question.meta["tiles"][question.meta["target"]]
-    thought = _pick(rng, _OPENINGS).format(tile["colour"]) + _SIZES[tile["large"]]
+    thought = _look(tile)
     answer = rf"<answer>\boxed{{{question.answer}}}</answer>"
     if rng.random() >= (style.tool_large if tile["large"] else style.tool_small):
-        if rng.random() < style.place:
-            x1, y1, x2, y2 = tile["box"]
-            thought += _PLACE.format(_coordinate((x1 + x2) / 2), _coordinate((y1 + y2) / 2))
-        return [_assistant(thought + _pick(rng, _READ), answer)]
-    arguments = {"bbox_2d": noisy_box(tile, rng, style), "label": f"{tile['colour']} tile"}
+        return [_assistant(f"{thought} {_SHOWS.format(question.answer)}", answer)]
+    arguments = {"label": f"{tile['colour']} tile", "bbox_2d": noisy_box(tile, rng, style)}
     result = TOOLS["image_zoom_in"].call(arguments, question.images)
     if not result.ok:
         raise AssertionError(f"{question.id}: the teacher's own call failed: {result.error}")
     call = {"type": "function", "function": {"name": "image_zoom_in", "arguments": arguments}}
     return [
-        _assistant(thought + _pick(rng, _ZOOM), "") | {"tool_calls": [call]},
+        _assistant(thought + _ZOOM[int(rng.integers(len(_ZOOM)))], "") | {"tool_calls": [call]},
         {"role": "tool", "content": [{"type": "image", "image": crop} for crop in result.images]},
-        _assistant(_pick(rng, _SEEN), answer),
+        _assistant(_SHOWS.format(question.answer), answer),
     ]
 
 
+def describe(tiles: list[dict[str, Any]], rng: np.random.Generator) -> str:
+    """Every tile of a scene with its size, its box and, where it can be read, its digit."""
+    lines = []
+    for index in rng.permutation(len(tiles)):
+        tile = tiles[index]
+        box = json.dumps({"label": f"{tile['colour']} tile", "bbox_2d": tight_box(tile)})
+        lines.append(f"{_look(tile)} {box}" + (f" {_SHOWS.format(tile['digit'])}" if tile["large"] else ""))
+    return "\n".join(lines)
+
+
 def noisy_box(tile: dict[str, Any], rng: np.random.Generator, style: Style) -> list[int]:
-    """A box about the tile in grid coordinates (thousandths), with at least 80 % of the digit inside."""
+    """A box about the tile in grid coordinates (thousandths), with at least `style.visible` of the digit inside."""
     x1, y1, x2, y2 = tile["box"]
     for _ in range(1000):
         side = (x2 - x1) * style.side * np.exp(rng.normal(0, style.side_noise))
         cx, cy = rng.normal([(x1 + x2) / 2, (y1 + y2) / 2], style.centre_noise)
         pixels = np.array([cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2])
         edges = np.clip(np.round(pixels * GRID / SIDE), 0, GRID)
-        if visible_share(tile["digit_box"], edges * SIDE / GRID) >= 0.8:
+        if visible_share(tile["digit_box"], edges * SIDE / GRID) >= style.visible:
             return [COORDINATES[int(edge)] for edge in edges]
     raise ValueError(f"no box of 1000 shows the digit of {tile}: {style} is too noisy")
+
+
+def tight_box(tile: dict[str, Any]) -> list[int]:
+    """The smallest grid box (thousandths) that holds the tile."""
+    x1, y1, x2, y2 = np.array(tile["box"]) * GRID / SIDE
+    return [COORDINATES[int(edge)] for edge in (np.floor(x1), np.floor(y1), np.ceil(x2), np.ceil(y2))]
 
 
 def visible_share(inner: tuple[int, int, int, int], outer: Any) -> float:
@@ -94,42 +136,18 @@ def visible_share(inner: tuple[int, int, int, int], outer: Any) -> float:
     return width * height / ((inner[2] - inner[0]) * (inner[3] - inner[1]))
 
 
-def sft_example(
-    question: Question, rng: np.random.Generator, processor: "Processor", style: Style = DEFAULT
-) -> tuple[list[int], list[int], list["ImageInput"]]:
-    """One row of SFT: (token ids with images expanded, loss mask 0/1 of the same length, images in token order).
-
-    The loss falls on assistant turns after the generation prompt, through <|im_end|>.
-    """
-    messages = question.messages + teacher(question, rng, style)
-    crops: list[Image.Image] = [
-        part["image"] for message in messages if message["role"] == "tool" for part in message["content"]
-    ]
-    images = [processor.image(image) for image in question.images + crops]
-    schemas = [tool.schema for tool in TOOLS.values()]
-    text = processor.tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False)
-    tokens = processor.encode(text, images)
-    opening = processor.encode("<|im_start|>assistant\n<think>\n", [])
-    end = processor.encode("<|im_end|>", [])[0]
-    mask = [0] * len(tokens)
-    for start in range(len(tokens) - len(opening)):
-        if tokens[start : start + len(opening)] == opening:
-            first = start + len(opening)
-            for index in range(first, tokens.index(end, first) + 1):
-                mask[index] = 1
-    return tokens, mask, images
-
-
 def sentences() -> Iterator[str]:
     """Everything that the teacher, the questions and the tools' errors say: what the tokenizer is trained on."""
+    for _ in range(5):
+        yield from (DESCRIBE, _SHOWS.format(""))
     for colour in COLOURS:
         yield ask(colour)
-        yield f'{{"label": "{colour} tile"}}'
-        for opening in _OPENINGS:
-            for size in _SIZES.values():
-                for rest in (*_ZOOM, *_READ):
-                    yield opening.format(colour) + size + _PLACE.format("", "") + rest
-    yield from _SEEN
+        for large in (False, True):
+            look = _look({"colour": colour, "large": large})
+            for zoom in _ZOOM:
+                yield look + zoom
+            yield f"{look} {_SHOWS.format('')}"
+        yield f'{{"label": "{colour} tile", "bbox_2d": []}}}}'
     for text in (
         "Error: bbox_2d is []: it has no area, x1 must be less than x2 and y1 less than y2",
         "Error: bbox_2d is []: it is outside the image, coordinates go from 0 to 1000",
@@ -141,13 +159,47 @@ def sentences() -> Iterator[str]:
         yield from (text, text)
 
 
+def _row(messages: list[dict[str, Any]], question: Question, processor: "Processor") -> Row:
+    crops = [part["image"] for m in messages if m["role"] == "tool" for part in m["content"]]
+    calls = [call["function"]["arguments"]["bbox_2d"] for m in messages for call in m.get("tool_calls", ())]
+    images = [processor.image(image) for image in [*question.images, *crops]]
+    schemas = [tool.schema for tool in TOOLS.values()]
+    text = processor.tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False)
+    tokens = processor.encode(text, images)
+    opening = processor.encode("<|im_start|>assistant\n<think>\n")
+    end = processor.encode("<|im_end|>")[0]
+    mask = [0] * len(tokens)
+    for start in range(len(tokens) - len(opening)):
+        if tokens[start : start + len(opening)] == opening:
+            first = start + len(opening)
+            for index in range(first, tokens.index(end, first) + 1):
+                mask[index] = 1
+    boxes = [(0, 0, SIDE, SIDE)] + [pixel_box(box, (SIDE, SIDE), TOOLS["image_zoom_in"].min_side) for box in calls]
+    seen: list[tuple[int, str]] = []
+    for span, view in zip(processor.spans(tokens, images), boxes, strict=True):
+        for cell in range(span.height * span.width):
+            row, column = divmod(cell, span.width)
+            width, height = (view[2] - view[0]) / span.width, (view[3] - view[1]) / span.height
+            left, top = view[0] + column * width, view[1] + row * height
+            words = _seen(question.meta["tiles"], (left, top, left + width, top + height), SIDE / (view[2] - view[0]))
+            seen += [(span.start + cell, word) for word in words]
+    ids = {word: processor.encode(word)[0] for word in {word for _, word in seen}}
+    return Row(tokens, mask, images, [(index, ids[word]) for index, word in seen])
+
+
+def _seen(tiles: list[dict[str, Any]], cell: tuple[float, float, float, float], zoom: float) -> list[str]:
+    """What an image token shows: the colour of the tile that fills most of it, and its digit where that can be read."""
+    shares = [visible_share(cell, tile["box"]) for tile in tiles]  # type: ignore[arg-type]
+    best = int(np.argmax(shares))
+    if shares[best] < 0.2:
+        return [" no"]
+    readable = (tiles[best]["digit_box"][2] - tiles[best]["digit_box"][0]) * zoom > 32
+    return [f" {tiles[best]['colour']}"] + ([str(tiles[best]["digit"])] if readable else [])
+
+
 def _assistant(thought: str, text: str) -> dict[str, Any]:
     return {"role": "assistant", "reasoning_content": thought, "content": text}
 
 
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
-    return choices[int(rng.integers(len(choices)))]
-
-
-def _coordinate(pixel: float) -> int:
-    return COORDINATES[round(pixel * GRID / SIDE)]
+def _look(tile: dict[str, Any]) -> str:
+    return _LOOK.format(tile["colour"], "large" if tile["large"] else "small")
