@@ -9,14 +9,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from axpo.paths import ASSETS
 from axpo.report.axis import number, percent
-from axpo.report.choice import choose
+from axpo.report.choice import choose, spread
 from axpo.report.data import ReportError, Run, load_run
 from axpo.report.evaluation import Row, evaluation_rows
 from axpo.report.sections import sections
 from axpo.report.trees import Tree, build_trees
+from axpo.resample import Candidate
 from axpo.rundir import RunDir, write_text
 
 __all__ = ["ReportError", "write_report"]
+
+_LARGEST = 5_000_000  # characters of the page; above it trees are left out
 
 
 def write_report(run_dir: Path, trees: int) -> Path:
@@ -30,6 +33,17 @@ def write_report(run_dir: Path, trees: int) -> Path:
     run = load_run(Path(run_dir))
     groups, failed_calls = choose(run, trees)
     drawn = build_trees(run, groups)
+    page = _render(run, failed_calls, drawn)
+    while len(page) > _LARGEST and drawn:
+        drawn = spread(drawn, int(0.95 * len(drawn) * _LARGEST / len(page)))
+        page = _render(run, failed_calls, drawn)
+    path = RunDir(run.path).report
+    # Text of a model may hold half of a surrogate pair, which no encoding can write.
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    return path
+
+
+def _render(run: Run, failed_calls: Sequence[Candidate], drawn: Sequence[Tree]) -> str:
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -37,15 +51,9 @@ def write_report(run_dir: Path, trees: int) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": percent,
-        "percent1": _percent1,
-        "number": number,
-        "points": _points,
-        "signed": _signed,
-    }
+    environment.filters |= {"percent1": _percent1, "number": number, "points": _points, "signed": _signed}
     rows = evaluation_rows(run.evaluations)
-    page = environment.get_template("report.html.jinja").render(
+    return environment.get_template("report.html.jinja").render(
         name=str(run.setting("run.name", run.path.resolve().name)),
         facts=_facts(run),
         axpo=_is_axpo(run),
@@ -60,10 +68,6 @@ def write_report(run_dir: Path, trees: int) -> Path:
         config=_config_text(run),
         notes=run.notes,
     )
-    path = RunDir(run.path).report
-    # Text of a model may hold half of a surrogate pair, which no encoding can write.
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
-    return path
 
 
 @dataclass(frozen=True, slots=True)

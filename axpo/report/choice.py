@@ -71,12 +71,12 @@ def choose(run: Run, count: int) -> tuple[list[Group], list[Candidate]]:
                 break
         if options:
             chosen.append(max(options, key=lambda g: (g.outcome == wanted, g.outcome != PLAIN, g.interest)))
-    for step, file in _spread(files, _SCANS):
+    for step, file in spread(files, _SCANS):
         if len(scans) >= _SCANS:
             break
         scans.setdefault(step, scans.get(step) or scan(step, file))
     calls = [call for step in sorted(scans) for call in scans[step][1]]
-    return sorted(chosen, key=lambda g: (g.step, g.number)), _spread(calls, _MOST_CALLS)
+    return sorted(chosen, key=lambda g: (g.step, g.number)), spread(calls, _MOST_CALLS)
 
 
 def scan(step: int, file: Path) -> tuple[list[Group], list[Candidate]]:
@@ -132,7 +132,7 @@ def _windows(files: Sequence[tuple[int, Path]], count: int) -> list[Sequence[tup
     return [files[low : max(high, low + 1)] for low, high in pairwise(edges)]
 
 
-def _spread(items: Sequence[T], count: int) -> list[T]:
+def spread(items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, evenly spaced, both ends included."""
     if len(items) <= count:
         return list(items)

@@ -79,16 +79,14 @@ def histogram(run: Run) -> Figure | None:
 
 
 def confidence(failed_calls: Sequence[Candidate]) -> Figure | None:
-    if len(failed_calls) < 2:
-        return None
     correlation = rank_correlation(failed_calls)
-    measured = ""
-    if correlation is not None:
-        pearson, spearman = correlation
-        measured = f" Entropy with negated confidence: Pearson {pearson:.3f}, Spearman {spearman:.3f}."
+    if correlation is None:
+        return None
+    pearson, spearman = correlation
     caption = (
         f"The first calls of {len(failed_calls)} rollouts in all-wrong subgroups: mean probability of a call’s tokens "
-        f"against their mean exact entropy, in nats.{measured} The stronger this is, the better one replaces the other."
+        f"against their mean exact entropy, in nats. Entropy with negated confidence: Pearson {pearson:.3f}, Spearman "
+        f"{spearman:.3f}. The closer to 1, the better one stands in for the other."
     )
     points = [(c.confidence, c.entropy, 0.45) for c in failed_calls]
     chart = scatter(points, x_label="confidence", y_label="entropy", tone=PURPLE)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 from PIL import Image
 
-SCENE_SIDE, CROP_SIDE = 640, 200  # longest side that is embedded, in pixels
-_PIXELATED = 200  # smaller images are enlarged as squares, so that one sees what the model saw
+SCENE_SIDE, CROP_SIDE = 640, 160  # longest side that is embedded, in pixels
+_PIXELATED = 160  # smaller images are enlarged as squares, so that one sees what the model saw
 
 _NUMBER = re.compile(r"\d+")
 
@@ -30,6 +30,11 @@ class Picture:
     def style(self) -> str:
         return "pixels" if max(self.width, self.height) <= _PIXELATED else "photo"
 
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
+        """Its size on the page, as large as a frame allows."""
+        scale = min(width / self.width, height / self.height)
+        return max(1, round(self.width * scale)), max(1, round(self.height * scale))
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -43,15 +48,17 @@ class Box:
 
 
 def embed(image: Image.Image, side: int) -> Picture:
-    """PNG where it is small, JPEG otherwise; scaled down to `side`."""
+    """Scaled down to `side`. PNG keeps the pixels of a small image; a larger one becomes a JPEG."""
     rgb = image.convert("RGB")
-    small = rgb
-    if max(rgb.size) > side:
-        small = rgb.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    kind = "png" if max(small.size) <= _PIXELATED else "jpeg"
-    small.save(data, format=kind, **({"optimize": True} if kind == "png" else {"quality": 82}))
+    if max(rgb.size) <= min(side, _PIXELATED):
+        kind = "png"
+        rgb.save(data, format=kind, optimize=True)
+    else:
+        kind = "jpeg"
+        scaled = rgb.copy()
+        scaled.thumbnail((side, side), Image.Resampling.LANCZOS)
+        scaled.save(data, format=kind, quality=80)
     return Picture(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}", *rgb.size)
 
 

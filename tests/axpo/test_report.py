@@ -230,6 +230,15 @@ def test_boxes_lie_where_the_calls_looked(tmp_path):
     assert "What the policy sees without zooming in: 32 × 32 pixels." in words(page)
 
 
+def test_large_reports_leave_trees_out(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", steps=6)
+    whole = read(write_report(tmp_path / "run", 6))
+    monkeypatch.setattr("axpo.report._LARGEST", len(whole) - 1)
+    page = read(write_report(tmp_path / "run", 6))
+    assert 0 < page.count('<article class="tree">') < whole.count('<article class="tree">') == 6
+    assert len(page) < len(whole) and "Step 1 " in words(page) and "Step 6 " in words(page)
+
+
 def test_hostile_text_stays_text(tmp_path):
     run = tmp_path / "run"
     write_run(run, thought=HOSTILE)
