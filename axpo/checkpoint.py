@@ -25,11 +25,10 @@ STATE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: steps done, question groups consumed from the data, and the hash of its configuration."""
+    """Where a run stands: steps done, and question groups consumed from the data."""
 
     step: int
     consumed_groups: int
-    config_hash: str
 
 
 def save_checkpoint(directory: Path, learner: Learner, progress: Progress, keep: int) -> Path:
@@ -90,7 +89,7 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
     learner.updates = record["updates"]
     if record["world_size"] == world_size():
         _set_random_state(torch.load(path / f"rng_rank{rank()}.pt"))
-    return Progress(record["step"], record["consumed_groups"], record["config_hash"])
+    return Progress(record["step"], record["consumed_groups"])
 
 
 def latest(directory: Path) -> Path | None:

@@ -101,7 +101,7 @@ class Run:
         last, every = step == self.config.run.steps, self.config.checkpoint.every
         if last or (every and step % every == 0):
             with self.spans("checkpoint"):
-                progress = Progress(step, step * self.config.rollout.questions_per_step, "")
+                progress = Progress(step, step * self.config.rollout.questions_per_step)
                 save_checkpoint(
                     self.directory.path / "checkpoints", self.learner, progress, self.config.checkpoint.keep
                 )

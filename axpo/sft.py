@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from axpo.cli import load_config
+from axpo.cli import exit_with, load_config
 from axpo.config import SftConfig
 
 if TYPE_CHECKING:
@@ -28,11 +28,17 @@ def main() -> None:
     from axpo.paths import model_directory
     from axpo.rundir import continue_from, open_run_dir
     from axpo.tree import pack_trees
+    from engine.weights import shards
 
     device = distributed.device()
     distributed.initialise(device)
-    source = model_directory(config.model.path)
-    run = open_run_dir(config, rank=distributed.rank())
+    try:
+        source = model_directory(config.model.path)
+        if not config.sft.from_scratch:
+            shards(source)
+        run = open_run_dir(config, rank=distributed.rank())
+    except (ValueError, OSError) as error:
+        exit_with("axpo.sft", error)
     distributed.barrier()
     run = continue_from(run.path)
     dataset = TeacherData(source, config, distributed.rank(), distributed.world_size())
@@ -63,7 +69,7 @@ def main() -> None:
                 metrics = learner.sft_step(batches)
             if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with spans("checkpoint"):
-                    progress = Progress(step, step * config.sft.batch_size, "")
+                    progress = Progress(step, step * config.sft.batch_size)
                     save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
             log.log(step, metrics | spans.metrics())
     export_policy(learner, source, run.policy)

@@ -1,5 +1,6 @@
 """A paged-KV inference engine for Qwen3-VL with copy-on-write forks at any token."""
 
+import engine._claim  # noqa: F401 — first: `kernels` must mean ours before anything imports it
 from engine.block_pool import OutOfBlocks
 from engine.llm import LLM
 from engine.outputs import CompletionOutput, RequestOutput

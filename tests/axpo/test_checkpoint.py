@@ -27,7 +27,7 @@ def saved(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good checkpoint; tests that damage it copy it first."""
     learner = build_learner(policy)
     learner.step(batches(0))
-    return save_checkpoint(tmp_path_factory.mktemp("saved"), learner, Progress(1, 5, "abc"), keep=1)
+    return save_checkpoint(tmp_path_factory.mktemp("saved"), learner, Progress(1, 5), keep=1)
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
@@ -41,12 +41,12 @@ def draws() -> tuple[float, float, float]:
 def test_resume_is_bit_for_bit(policy: Path, tmp_path: Path):
     learner = build_learner(policy)
     learner.step(batches(0))
-    directory = save_checkpoint(tmp_path, learner, Progress(1, 5, "abc"), keep=2)
+    directory = save_checkpoint(tmp_path, learner, Progress(1, 5), keep=2)
     expected = [learner.step(batches(1)), learner.step(batches(2)), draws()]
     final = weights(learner)
     resumed = build_learner(policy)
     address = [p.to_local().data_ptr() for p in resumed.model.parameters()]  # pyright: ignore[reportAttributeAccessIssue]
-    assert load_checkpoint(directory, resumed) == Progress(1, 5, "abc")
+    assert load_checkpoint(directory, resumed) == Progress(1, 5)
     assert [resumed.step(batches(1)), resumed.step(batches(2)), draws()] == expected
     assert all(torch.equal(final[name], weight) for name, weight in weights(resumed).items())
     assert [p.to_local().data_ptr() for p in resumed.model.parameters()] == address, "an engine may share this storage"  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,12 +57,12 @@ def test_the_newest_are_kept_and_leftovers_do_not_count(policy: Path, tmp_path: 
     assert latest(tmp_path / "nothing") is None
     learner.step(batches(0))
     for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, learner, Progress(step, step, "abc"), keep=2)
+        save_checkpoint(tmp_path, learner, Progress(step, step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000010"]
     (tmp_path / ".tmp-step_000011").mkdir()
     (tmp_path / "step_000012").mkdir()
     assert latest(tmp_path) == tmp_path / "step_000010"
-    save_checkpoint(tmp_path, learner, Progress(11, 11, "abc"), keep=2)
+    save_checkpoint(tmp_path, learner, Progress(11, 11), keep=2)
     assert latest(tmp_path) == tmp_path / "step_000011"
     assert not (tmp_path / ".tmp-step_000011").exists()
 
@@ -78,7 +78,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(policy: Path, saved: Pat
 
     monkeypatch.setattr("axpo.checkpoint._fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, learner, Progress(2, 10, "abc"), keep=1)
+        save_checkpoint(tmp_path, learner, Progress(2, 10), keep=1)
     assert latest(tmp_path) == directory
     assert load_checkpoint(directory, learner).step == 1
 
@@ -121,7 +121,7 @@ def test_the_state_file(policy: Path, saved: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"state\.json: missing"):
         load_checkpoint(tmp_path / "b", learner)
     record = json.loads((saved / "state.json").read_text())
-    assert (record["step"], record["consumed_groups"], record["config_hash"]) == (1, 5, "abc")
+    assert (record["step"], record["consumed_groups"], record["config_hash"]) == (1, 5)
 
 
 def test_export_reads_back(policy: Path, tmp_path: Path):
