@@ -14,7 +14,7 @@ from axpo.tasks import Task, get_task
 from axpo.tools import get_tools
 from engine import LLM, Processor
 from engine.models import ModelConfig
-from engine.weights import shards
+from engine.weights import check_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def check_inputs(config: Config) -> Inputs:
     """
     source = model_directory(config.model.path)
     model = ModelConfig.from_pretrained(source)
-    shards(source)
+    check_weights(source)
     if config.rollout.max_tokens > model.text.max_position_embeddings:
         raise ValueError(
             f"rollout.max_tokens = {config.rollout.max_tokens}: the model's context is "

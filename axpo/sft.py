@@ -28,14 +28,14 @@ def main() -> None:
     from axpo.paths import model_directory
     from axpo.rundir import continue_from, open_run_dir
     from axpo.tree import pack_trees
-    from engine.weights import shards
+    from engine.weights import check_weights
 
     device = distributed.device()
     distributed.initialise(device)
     try:
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
-            shards(source)
+            check_weights(source)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,12 +49,27 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yields (parameter name of `Qwen3VL`, tensor) over all shards; files are memory-mapped, each tensor read once."""
     for file in shards(path):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 — the reader itself is not iterable
-                    yield canonical_name(name), reader.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch the shard again") from error
+        with _open(file) as reader:
+            for name in reader.keys():  # noqa: SIM118 — the reader itself is not iterable
+                yield canonical_name(name), reader.get_tensor(name)
+
+
+def check_weights(path: str | Path) -> None:
+    """Opens every shard, reading headers only: what is missing or truncated is said before anything is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_weights`.
+    """
+    for file in shards(path):
+        with _open(file):
+            pass
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch the shard again") from error
 
 
 def shards(path: str | Path) -> list[Path]:
