@@ -56,6 +56,7 @@ def _render(run: Run, failed_calls: Sequence[Candidate], drawn: Sequence[Tree]) 
     return environment.get_template("report.html.jinja").render(
         name=str(run.setting("run.name", run.path.resolve().name)),
         facts=_facts(run),
+        rollouts=bool(run.points("reward/mean")),
         axpo=_is_axpo(run),
         group_size=run.setting("algo.group_size", "several"),
         resamples=run.setting("algo.resamples_per_prefix", "several"),

@@ -47,6 +47,11 @@ class Branch:
     def used_tool(self) -> bool:
         return any(event.kind == "call" for event in self.events)
 
+    @property
+    def brief(self) -> bool:
+        """It fits in one line of the page."""
+        return not self.used_tool and sum(len(event.text) for event in self.events) + len(self.note) <= 72
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

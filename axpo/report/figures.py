@@ -45,10 +45,14 @@ def curves(
     form: Format,
     *,
     floor: float | None = None,
+    span: float = 0.0,
     log: bool = False,
     whiskers: Sequence[Whisker] = (),
 ) -> Figure | None:
-    """A figure of those metrics that the run has; None when it has none of them."""
+    """A figure of those metrics that the run has; None when it has none of them.
+
+    floor: where the axis begins, by default below the least value. span: how far above the floor it reaches at least.
+    """
     lines, keys = [], []
     for name, label, tone in metrics:
         if points := run.points(name):
@@ -59,7 +63,11 @@ def curves(
         return None
     if whiskers:
         keys.append(Key(whiskers[0].label, whiskers[0].tone, f"{form(whiskers[0].value)} → {form(whiskers[-1].value)}"))
-    return Figure(title, caption, line_chart(lines, form=form, log=log, limits=(floor, None), whiskers=whiskers), keys)
+    top = None
+    if floor is not None and max(y for line in lines for _, y in line.points if y is not None) < floor + span:
+        top = floor + span
+    chart = line_chart(lines, form=form, log=log, limits=(floor, top), whiskers=whiskers)
+    return Figure(title, caption, chart, keys)
 
 
 def histogram(run: Run) -> Figure | None:

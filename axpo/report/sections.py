@@ -200,6 +200,7 @@ def _health(run: Run) -> list[Figure]:
             [("policy/clip_low_fraction", "below", BLUE), ("policy/clip_high_fraction", "above", ORANGE)],
             percent,
             floor=0.0,
+            span=0.01,
         ),
         curves(
             run,
@@ -219,7 +220,9 @@ def _health(run: Run) -> list[Figure]:
             "Largest probability ratio",
             "New over old probability of a token, the step’s largest. 1 is no change.",
             [("policy/ratio_max", "ratio", BLUE)],
-            number,
+            "{:.3f}".format,
+            floor=1.0,
+            span=0.01,
         ),
     )
 
