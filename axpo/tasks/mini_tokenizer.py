@@ -37,8 +37,8 @@ PHRASES = (
     "}</answer>",
 )
 ADDED = SPECIAL + TAGS + PHRASES
-# Words with the space before them, identifiers, whole integers, runs of line feeds, runs of punctuation.
-_UNITS = r" ?[^\W\d]\w*|\d+|\n+| ?[^\s\w]+(?: (?=\d))?|\s+"
+# Words and whole integers with the space before them, runs of line feeds, runs of punctuation.
+_UNITS = r" ?[^\W\d]\w*| ?\d+|\n+| ?[^\s\w]+|\s+"
 
 
 def build_tokenizer() -> Tokenizer:

@@ -39,12 +39,12 @@ class Tile:
 
 
 def scene(rng: np.random.Generator, heldout: bool) -> tuple[np.ndarray, list[Tile]]:
-    """Draws one scene: pixels [128,128,3] uint8 and its 4 to 6 tiles, every one of another colour.
+    """Draws one scene: pixels [128,128,3] uint8 and its 3 to 5 tiles, every one of another colour.
 
     Held-out scenes use digit images and photograph columns that the others never show.
     """
     pixels = background(rng, heldout)
-    number_large, number = int(rng.integers(1, 3)), int(rng.integers(4, 7))
+    number_large, number = int(rng.integers(1, 3)), int(rng.integers(3, 6))
     colours = rng.permutation(list(COLOURS))[:number]
     free = np.ones((SIDE // CELL, SIDE // CELL), dtype=bool)
     tiles = []

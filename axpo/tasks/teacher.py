@@ -1,6 +1,5 @@
 """The scripted teacher of the mini task: right answers, a quarter of them by a call, with boxes that are imperfect."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,17 +9,16 @@ import numpy as np
 from axpo.tasks import Question
 from axpo.tasks.mini import ask
 from axpo.tasks.scenes import COLOURS, SIDE
-from axpo.tools import get_tools
-from axpo.tools.image_zoom_in import pixel_box
+from axpo.tools.image_zoom_in import ImageZoomIn, pixel_box
 
 if TYPE_CHECKING:
     from engine.processor import ImageInput, Processor
 
 GRID = 8  # boxes lie on multiples of 1/8 of the image, so that each coordinate is one token
 COORDINATES = tuple(round(step * 1000 / GRID) for step in range(GRID + 1))
-TOOLS = get_tools(["image_zoom_in"])
+ZOOM = ImageZoomIn()
 
-_LOOK = "The {} tile is {}."
+_LOOK = "{} {} {} {}"
 _ZOOM = (" I zoom in to read it.", " Zooming in will help.")
 _SHOWS = "It shows {}."
 DESCRIBE = "Describe the tiles."
@@ -46,7 +44,7 @@ class Style:
     describe: float
 
 
-PRACTICE = Style(0.6, 0.3, side=1.4, side_noise=0.3, centre_noise=2.0, visible=0.9, describe=0.5)
+PRACTICE = Style(0.6, 0.3, side=1.3, side_noise=0.3, centre_noise=2.0, visible=0.9, describe=0.5)
 """Teaches to see: find tiles, aim, read. What a pretrained model can do already."""
 
 TEACHER = Style(0.4, 0.07, side=2.2, side_noise=0.5, centre_noise=14.0, visible=0.3, describe=0.0)
@@ -73,23 +71,23 @@ def sft_row(question: Question, rng: np.random.Generator, processor: "Processor"
     """A row for a mini question: the teacher's trajectory, or a description of its scene."""
     if rng.random() < style.describe:
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}]
-        return _row(asked + [_assistant(describe(question.meta["tiles"], rng), "")], question, processor)
-    return _row(question.messages + teacher(question, rng, style), question, processor)
+        return _row([*asked, _assistant(describe(question.meta["tiles"], rng), "")], question, processor)
+    return _row([*question.messages, *teacher(question, rng, style)], question, processor)
 
 
 def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER) -> list[dict[str, Any]]:
     """The messages that continue a mini question to its right answer (thoughts in `reasoning_content`).
 
-    The crop of a call is in the tool message, under "image". The teacher sees more than the student: its answer is right
-    also where the student will not be able to read the crop.
+    The crop of a call is in the tool message, under "image". The teacher sees more than the student: its answer is
+    right also where the student will not be able to read the crop.
     """
     tile = question.meta["tiles"][question.meta["target"]]
-    thought = _look(tile)
+    thought = f"{_look(tile)}."
     answer = rf"<answer>\boxed{{{question.answer}}}</answer>"
     if rng.random() >= (style.tool_large if tile["large"] else style.tool_small):
         return [_assistant(f"{thought} {_SHOWS.format(question.answer)}", answer)]
     arguments = {"label": f"{tile['colour']} tile", "bbox_2d": noisy_box(tile, rng, style)}
-    result = TOOLS["image_zoom_in"].call(arguments, question.images)
+    result = ZOOM.call(arguments, question.images)
     if not result.ok:
         raise AssertionError(f"{question.id}: the teacher's own call failed: {result.error}")
     call = {"type": "function", "function": {"name": "image_zoom_in", "arguments": arguments}}
@@ -101,12 +99,11 @@ def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER
 
 
 def describe(tiles: list[dict[str, Any]], rng: np.random.Generator) -> str:
-    """Every tile of a scene with its size, its box and, where it can be read, its digit."""
+    """Every tile of a scene: colour, place, size and, where it can be read, the digit."""
     lines = []
     for index in rng.permutation(len(tiles)):
         tile = tiles[index]
-        box = json.dumps({"label": f"{tile['colour']} tile", "bbox_2d": tight_box(tile)})
-        lines.append(f"{_look(tile)} {box}" + (f" {_SHOWS.format(tile['digit'])}" if tile["large"] else ""))
+        lines.append(_look(tile) + (f" {tile['digit']}" if tile["large"] else ""))
     return "\n".join(lines)
 
 
@@ -138,12 +135,14 @@ def visible_share(inner: tuple[int, int, int, int], outer: Any) -> float:
 
 def sentences() -> Iterator[str]:
     """Everything that the teacher, the questions and the tools' errors say: what the tokenizer is trained on."""
-    for _ in range(5):
-        yield from (DESCRIBE, _SHOWS.format(""))
+    for digit in range(10):
+        yield from (DESCRIBE, _SHOWS.format(digit), _SHOWS.format(digit), f"large {digit}")
+    for number in COORDINATES:
+        yield from [f"red {number} {number} small no"] * 20
     for colour in COLOURS:
         yield ask(colour)
         for large in (False, True):
-            look = _look({"colour": colour, "large": large})
+            look = _look({"colour": colour, "large": large, "box": (0, 0, 1, 1)}) + "."
             for zoom in _ZOOM:
                 yield look + zoom
             yield f"{look} {_SHOWS.format('')}"
@@ -163,8 +162,7 @@ def _row(messages: list[dict[str, Any]], question: Question, processor: "Process
     crops = [part["image"] for m in messages if m["role"] == "tool" for part in m["content"]]
     calls = [call["function"]["arguments"]["bbox_2d"] for m in messages for call in m.get("tool_calls", ())]
     images = [processor.image(image) for image in [*question.images, *crops]]
-    schemas = [tool.schema for tool in TOOLS.values()]
-    text = processor.tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False)
+    text = processor.tokenizer.apply_chat_template(messages, tools=[ZOOM.schema], tokenize=False)
     tokens = processor.encode(text, images)
     opening = processor.encode("<|im_start|>assistant\n<think>\n")
     end = processor.encode("<|im_end|>")[0]
@@ -174,7 +172,7 @@ def _row(messages: list[dict[str, Any]], question: Question, processor: "Process
             first = start + len(opening)
             for index in range(first, tokens.index(end, first) + 1):
                 mask[index] = 1
-    boxes = [(0, 0, SIDE, SIDE)] + [pixel_box(box, (SIDE, SIDE), TOOLS["image_zoom_in"].min_side) for box in calls]
+    boxes = [(0, 0, SIDE, SIDE)] + [pixel_box(box, (SIDE, SIDE), ZOOM.min_side) for box in calls]
     seen: list[tuple[int, str]] = []
     for span, view in zip(processor.spans(tokens, images), boxes, strict=True):
         for cell in range(span.height * span.width):
@@ -192,9 +190,9 @@ def _seen(tiles: list[dict[str, Any]], cell: tuple[float, float, float, float], 
     shares = [visible_share(cell, tile["box"]) for tile in tiles]  # type: ignore[arg-type]
     best = int(np.argmax(shares))
     if shares[best] < 0.2:
-        return [" no"]
+        return ["no"]
     readable = (tiles[best]["digit_box"][2] - tiles[best]["digit_box"][0]) * zoom > 32
-    return [f" {tiles[best]['colour']}"] + ([str(tiles[best]["digit"])] if readable else [])
+    return [tiles[best]["colour"]] + ([f" {tiles[best]['digit']}"] if readable else [])
 
 
 def _assistant(thought: str, text: str) -> dict[str, Any]:
@@ -202,4 +200,9 @@ def _assistant(thought: str, text: str) -> dict[str, Any]:
 
 
 def _look(tile: dict[str, Any]) -> str:
-    return _LOOK.format(tile["colour"], "large" if tile["large"] else "small")
+    """Where a tile is (the corner of the grid cell that it begins in) and how large: said right behind its colour.
+
+    A small model learns first what a token can tell from itself: "red" attends to red image tokens.
+    """
+    x, y, *_ = tight_box(tile)
+    return _LOOK.format(tile["colour"], x, y, "large" if tile["large"] else "small")

@@ -142,7 +142,7 @@ def test_resampling_prefills_nothing(agent: Agent, questions: list) -> None:
     resamples = agent.resample(1, candidates, sources, 4, LIMITS)
     branches = [branch for some in resamples.values() for branch in some]
     observed = sum(b.roles[b.fork_token or 0 :].count(OBSERVATION) for b in branches)
-    # The only tokens that are not decoded are the observations of the resamples' own calls, and the <|im_end|> before each.
+    # All that is not decoded are the observations of the resamples' own calls, and the <|im_end|> before each.
     calls = sum(max(b.turn - 1, 0) for b in branches)
     assert agent.llm.stats()["prefill_tokens"] - before <= observed + calls
     assert agent.llm.stats()["images_encoded"] - encoded <= calls
