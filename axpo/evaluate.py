@@ -35,9 +35,10 @@ class Evaluation:
     questions: list[QuestionResult]
 
     def summary(self) -> dict[str, float | None]:
-        """Means with 95 % intervals `_low`, `_high`: normal, over questions, whose samples are not independent.
+        """Means with 95 % intervals `_low`, `_high` over questions, since a question's samples are not independent.
 
-        pass@1 is the mean reward, pass@k the share of questions with any right sample; accuracies are over samples.
+        pass@1 is the mean reward (normal interval), pass@k the share of questions with any right sample (Wilson's
+        interval); accuracies are over samples.
         """
         samples = len(self.questions[0].rewards)
         by_tool: dict[bool, list[float]] = {True: [], False: []}
@@ -46,7 +47,7 @@ class Evaluation:
                 by_tool[used].append(reward)
         return {
             **_interval("pass@1", (sum(q.rewards) / samples for q in self.questions)),
-            **_interval(f"pass@{samples}", (float(max(q.rewards) > 0) for q in self.questions)),
+            **_wilson(f"pass@{samples}", [max(q.rewards) > 0 for q in self.questions]),
             **_interval("tool/rate", (sum(q.used_tool) / samples for q in self.questions)),
             "tool/accuracy": _mean(by_tool[True]),
             "no_tool/accuracy": _mean(by_tool[False]),
@@ -125,6 +126,14 @@ def _interval(name: str, values: Iterable[float]) -> dict[str, float | None]:
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     half = _Z * math.sqrt(variance / len(values))
     return {name: mean, f"{name}_low": max(0.0, mean - half), f"{name}_high": min(1.0, mean + half)}
+
+
+def _wilson(name: str, successes: list[bool]) -> dict[str, float | None]:
+    """Wilson's score interval of a proportion; unlike the normal one it has a width at 0 % and 100 %."""
+    n, share = len(successes), sum(successes) / len(successes)
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
+    return {name: share, f"{name}_low": max(0.0, centre - half), f"{name}_high": min(1.0, centre + half)}
 
 
 def _mean(values: list[float]) -> float | None:

@@ -84,7 +84,7 @@ class Trajectory:
         """One line of trajectories/step_*.jsonl (DESIGN.md, "A trajectory line")."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSERIALISED}
         record["tool_calls"] = [asdict(call) for call in self.tool_calls]
-        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+        return json.dumps(record, allow_nan=False)  # ASCII: a model may write lone surrogates
 
     @classmethod
     def from_json(cls, line: str) -> "Trajectory":
