@@ -16,6 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Byte code is made on first import: compiling all of torch and transformers takes longer than using them.
 INSTALL := $(PIP) install --no-compile
 INSTALLED := $(VENV)/.installed
+TRAIN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/torchrun --standalone --nproc-per-node 1 -m
 SOURCES := setup.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
@@ -27,7 +28,7 @@ help: ## list the targets
 setup: $(INSTALLED) ## make .venv, install everything, build the C++ kernels
 
 train: $(INSTALLED) ## train the embedded default (ARGS: another recipe, fields)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/torchrun --standalone --nproc-per-node 1 -m axpo.train $(ARGS)
+	$(TRAIN) axpo.train $(ARGS)
 
 test: $(INSTALLED) ## run the tests, one worker a core (ARGS: pytest's)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) $(ARGS)
@@ -44,9 +45,11 @@ format: $(INSTALLED) ## let ruff fix what it can
 bench: $(INSTALLED) ## rollout speed against transformers' generate, and the shares of a training step
 	$(BIN)/python bench/rollout.py $(ARGS)
 
-mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint from the teacher's trajectories
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/torchrun --standalone --nproc-per-node 1 \
-		-m axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
+mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint: tokenizer, practice, then the teacher's trajectories
+	rm -rf build/mini
+	$(BIN)/python -m axpo.tasks.build_mini axpo/assets/mini
+	$(TRAIN) axpo.sft mini-practice $(ARGS)
+	$(TRAIN) axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now in constraints-cpu.txt
 	{ grep '^#' constraints-cpu.txt; $(PIP) list --format=freeze --exclude-editable --exclude pip | sed 's/+cpu$$//'; } \
