@@ -1,6 +1,7 @@
 """Finds tool calls among a turn's sampled tokens, by token id: a tag in letters or inside <think> is no call."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -90,9 +91,14 @@ def _unclosed(start: int, end: int) -> ParsedCall:
 
 def _parse(text: str, start: int, end: int, known: Collection[str] | None) -> ParsedCall:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON that no file can hold
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = str(error)
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(error, UnicodeEncodeError):
+            reason = "it has half of a surrogate pair"
         return ParsedCall(None, None, start, end, f"the tool call is not valid JSON: {reason}")
     if not isinstance(value, dict):
         message = f"the tool call is a JSON {_kind(value)}; it must be an object with name and arguments"
@@ -112,6 +118,13 @@ def _parse(text: str, start: int, end: int, known: Collection[str] | None) -> Pa
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):  # 1e999 would be written as Infinity, which is not JSON
+        raise ValueError(f"{literal[:40]} is too large")
+    return value
 
 
 def _kind(value: Any) -> str:
