@@ -53,8 +53,8 @@ class ImageZoomIn(Tool):
             return ToolResult.failure(f"img_idx is {index}, but the images are 0 to {len(images) - 1}")
         image = images[index]
         try:
-            box = pixel_box(arguments["bbox_2d"], image.size, self.min_side)
             check_image(image, f"image {index}")
+            box = pixel_box(arguments["bbox_2d"], image.size, self.min_side)
         except ValueError as error:
             return ToolResult.failure(str(error))
         return ToolResult(ok=True, images=[image.convert("RGB").crop(box)])
@@ -72,6 +72,8 @@ def pixel_box(bbox: list[float], size: tuple[int, int], min_side: int) -> tuple[
     if not (x1 < x2 and y1 < y2):
         raise ValueError(f"bbox_2d is {bbox}: it is outside the image, coordinates go from 0 to {RELATIVE}")
     width, height = ((x2 - x1) * size[0] / RELATIVE, (y2 - y1) * size[1] / RELATIVE)
+    if not (width and height):  # 1e-323 of an image is rounded to none of it
+        raise ValueError(f"bbox_2d is {bbox}: it has no area")
     grow = max(1.0, min_side / min(width, height))
     left, right = _span((x1 + x2) * size[0] / RELATIVE / 2, width * grow, size[0])
     top, bottom = _span((y1 + y2) * size[1] / RELATIVE / 2, height * grow, size[1])
