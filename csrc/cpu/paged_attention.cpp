@@ -1,11 +1,11 @@
 // Attention over a paged KV cache, fp32. See kernels/paged_attention.py for what it computes.
 //
-// A work item is (sequence, KV head, tile of consecutive queries); the rows of its tile are the queries times the query
-// heads of the KV head, so each key and value is read once for all of them. The keys are taken in splits at absolute
-// multiples of kSplit, and the splits are merged in order. Within a split every score is one chain of multiply-adds
-// over D, every sum of weights runs over lanes at absolute positions, and every output is one chain over the keys:
-// nothing in the arithmetic of a row depends on the other rows of its tile, so a result does not depend on the batch,
-// on how a prefill was cut, or on the threads.
+// A work item is (KV head, tile): the queries of one sequence, or of neighbouring sequences whose block tables begin alike
+// (forks, a common prompt), times the query heads of the KV head. A key that several of them see is read once for all.
+// The keys are taken in splits at absolute multiples of kSplit, and the splits are merged in order. Within a split every
+// score is one chain of multiply-adds over D, every sum of weights runs over lanes at absolute positions, and every
+// output is one chain over the keys: nothing in the arithmetic of a row depends on the other rows of its tile, so a
+// result does not depend on the batch, on what is shared, on how a prefill was cut, or on the threads.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -21,20 +21,39 @@ using namespace axpo;
 constexpr int kSplit = 256;    // keys reduced together; results depend on it, so it is one constant
 constexpr int kGroup = 32;     // keys handled between two calls of the prefetcher
 constexpr int kBlock = 6;      // rows that one product keeps in registers
-constexpr int kTileRows = 48;  // rows of a tile of a prefill
+constexpr int kTileRows = 48;  // rows of a tile
 constexpr int64_t kAheadBytes = 64 << 10;  // how far memory is fetched ahead of its use
 
+// The queries of one sequence in a tile.
+struct Member {
+  const float* q;         // first query, at the first head of the group
+  float* out;             // likewise
+  const int32_t* blocks;  // block table of the sequence
+  int64_t head;           // where the KV head begins in a block
+  int64_t tokens;         // queries
+  int64_t position;       // absolute position of the first of them
+  int64_t shared;         // leading keys whose blocks are those of the member before it in the tile; 0 for the first
+
+  int64_t keys() const { return position + tokens; }
+};
+
 struct Tile {
-  const float* q;               // first row of the sequence's first query of the tile, at the first head of the group
-  float* out;                   // likewise
-  const float *k_cache, *v_cache;  // at the KV head of block 0
-  const int32_t* blocks;        // block table of the sequence
-  int64_t block_stride;         // floats from one block to the next
-  int64_t block_size, dim, group;
-  int64_t token_stride;         // floats from one query token to the next
-  int64_t tokens;               // queries in the tile
-  int64_t position;             // absolute position of the first of them
+  const Member* members;
+  int64_t count;
+};
+
+struct Cache {
+  const float *k, *v;
+  int64_t block_stride, block_size, dim, group;
+  int64_t token_stride;  // floats from one query token to the next
   float scale;
+};
+
+// Up to kGroup keys, and the rows of the neighbouring members that take them from the same blocks.
+struct Run {
+  int64_t key, count;         // within the split
+  int64_t row, rows;          // within the tile
+  int64_t at[kGroup / 8 + 1];  // where its octets begin in the caches; one more, so that a panel can be filled up
 };
 
 int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group) * group; }
@@ -44,18 +63,19 @@ int64_t scratch_size(int64_t group, int64_t dim) {
   return rows * (strips(dim) * kStrip + kSplit + 2 * dim + 6) + strips(dim) * kStrip * kStrip;
 }
 
-// Eight keys, or eight values, at consecutive absolute positions from a multiple of 8: `dim` floats apart in one block.
-using Octet = const float*;
+// An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` floats apart in one
+// block. It is given by where it begins in the cache `keys` or `values`.
 
 // scores[r][8 o ..] of MR rows against kOctets octets of keys that are transposed in registers. rows: [strips][..][16].
 template <int MR, int kOctets>
-AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const Octet* keys, int64_t dim, float* scores) {
+AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const float* keys, const int64_t* at, int64_t dim,
+                              float* scores) {
   f32x8 acc[MR][kOctets] = {};
   for (int64_t d = 0; d < dim; d += 4) {
     const float* a = rows + d / kStrip * row_total * kStrip + d % kStrip;
     f32x8 columns[kOctets][4];
 #pragma GCC unroll 2
-    for (int o = 0; o < kOctets; ++o) load_columns4(keys[o] + d, dim, columns[o]);
+    for (int o = 0; o < kOctets; ++o) load_columns4(keys + at[o] + d, dim, columns[o]);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
 #pragma GCC unroll 8
@@ -74,21 +94,21 @@ AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const Octet*
 }
 
 template <int MR>
-AXPO_INLINE void score_few(const float* rows, int64_t row_total, const Octet* keys, int64_t octets, int64_t dim,
-                           float* scores) {
+AXPO_INLINE void score_few(const float* rows, int64_t row_total, const float* keys, const int64_t* at, int64_t octets,
+                           int64_t dim, float* scores) {
   int64_t o = 0;
   if constexpr (MR <= 2) {  // two octets at once, for enough independent chains
-    for (; o + 2 <= octets; o += 2) score_direct<MR, 2>(rows, row_total, keys + o, dim, scores + 8 * o);
+    for (; o + 2 <= octets; o += 2) score_direct<MR, 2>(rows, row_total, keys, at + o, dim, scores + 8 * o);
   }
-  for (; o < octets; ++o) score_direct<MR, 1>(rows, row_total, keys + o, dim, scores + 8 * o);
+  for (; o < octets; ++o) score_direct<MR, 1>(rows, row_total, keys, at + o, dim, scores + 8 * o);
 }
 
 // Two octets of keys transposed into [strips * 16][16], for products with many rows.
-AXPO_INLINE void pack_keys(const Octet* keys, int64_t dim, float* out) {
+AXPO_INLINE void pack_keys(const float* keys, const int64_t* at, int64_t dim, float* out) {
   for (int half = 0; half < 2; ++half) {
     for (int64_t d = 0; d < dim; d += 4) {
       f32x8 columns[4];
-      load_columns4(keys[half] + d, dim, columns);
+      load_columns4(keys + at[half] + d, dim, columns);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) store8(out + (d + k) * kStrip + 8 * half, columns[k]);
     }
@@ -111,8 +131,8 @@ AXPO_INLINE void score_packed(const float* rows, int64_t row_total, const float*
 
 // out[r][d .. d + 8 NV) += sum over the keys of weights[r][key] * values[key][d ..].
 template <int MR, int NV>
-AXPO_INLINE void value_block(const float* weights, const Octet* values, int64_t count, int64_t d, int64_t dim,
-                             float* out) {
+AXPO_INLINE void value_block(const float* weights, const float* values, const int64_t* at, int64_t count, int64_t d,
+                             int64_t dim, float* out) {
   f32x8 acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
@@ -120,7 +140,7 @@ AXPO_INLINE void value_block(const float* weights, const Octet* values, int64_t 
     for (int c = 0; c < NV; ++c) acc[r][c] = load8(out + r * dim + d + 8 * c);
   }
   for (int64_t start = 0; start < count; start += 8) {
-    const float* value = values[start / 8] + d;
+    const float* value = values + at[start / 8] + d;
     const float* end = value + std::min<int64_t>(8, count - start) * dim;
     for (const float* w = weights + start; value != end; value += dim, ++w) {
       f32x8 v[NV];
@@ -142,11 +162,12 @@ AXPO_INLINE void value_block(const float* weights, const Octet* values, int64_t 
 }
 
 template <int MR>
-AXPO_INLINE void value_rows(const float* weights, const Octet* values, int64_t count, int64_t dim, float* out) {
+AXPO_INLINE void value_rows(const float* weights, const float* values, const int64_t* at, int64_t count, int64_t dim,
+                            float* out) {
   constexpr int kWide = MR == 1 ? 8 : MR == 2 ? 4 : 2;  // fills the registers
   int64_t d = 0;
-  for (; d + 8 * kWide <= dim; d += 8 * kWide) value_block<MR, kWide>(weights, values, count, d, dim, out);
-  for (; d < dim; d += 8) value_block<MR, 1>(weights, values, count, d, dim, out);
+  for (; d + 8 * kWide <= dim; d += 8 * kWide) value_block<MR, kWide>(weights, values, at, count, d, dim, out);
+  for (; d < dim; d += 8) value_block<MR, 1>(weights, values, at, count, d, dim, out);
 }
 
 // Calls f.run<MR>(r) for blocks of MR <= kBlock rows from r that cover 0 .. rows - 1.
@@ -167,12 +188,13 @@ AXPO_INLINE void for_row_blocks(int64_t rows, const F& f) {
 struct FewScores {
   const float* q;
   int64_t row_total;
-  const Octet* keys;
+  const float* keys;
+  const int64_t* at;
   int64_t octets, dim;
   float* scores;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    score_few<MR>(q + r * kStrip, row_total, keys, octets, dim, scores + r * kSplit);
+    score_few<MR>(q + r * kStrip, row_total, keys, at, octets, dim, scores + r * kSplit);
   }
 };
 
@@ -190,49 +212,119 @@ struct PackedScores {
 
 struct WeightedValues {
   const float* weights;
-  const Octet* values;
+  const float* values;
+  const int64_t* at;
   int64_t count, dim;
   float* out;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    value_rows<MR>(weights + r * kSplit, values, count, dim, out + r * dim);
+    value_rows<MR>(weights + r * kSplit, values, at, count, dim, out + r * dim);
   }
 };
 
 // Walks over the keys and values that a thread will need, some way ahead of the arithmetic and across the ends of its
-// items: the blocks are scattered in memory, so no hardware prefetcher can follow them.
+// tiles: the blocks are scattered in memory, so no hardware prefetcher can follow them.
 struct Prefetcher {
-  const Tile* tile;  // the tile under the cursor
-  const Tile* end;
-  int64_t key = 0;
-  int64_t credit;  // keys that may still be fetched ahead
+  const Cache& cache;
+  const Member* member;  // under the cursor
+  const Member* end;
+  int64_t credit;   // keys that may still be fetched ahead
+  int64_t key = 0;  // of the member; those it shares were fetched with the member before it
 
   AXPO_INLINE void run(int64_t allowance) {
-    for (credit += allowance; credit > 0 && tile != end;) {
-      const int64_t total = tile->position + tile->tokens, offset = key % tile->block_size;
-      const int64_t count = std::min({credit, total - key, tile->block_size - offset});
-      const int64_t at = tile->blocks[key / tile->block_size] * tile->block_stride + offset * tile->dim;
-      for (int64_t i = 0; i < count * tile->dim; i += 16) {
-        __builtin_prefetch(tile->k_cache + at + i);
-        __builtin_prefetch(tile->v_cache + at + i);
+    for (credit += allowance; credit > 0 && member != end;) {
+      const int64_t offset = key % cache.block_size;
+      const int64_t count = std::min({credit, member->keys() - key, cache.block_size - offset});
+      const int64_t at =
+          member->blocks[key / cache.block_size] * cache.block_stride + member->head + offset * cache.dim;
+      for (int64_t i = 0; i < count * cache.dim; i += 16) {
+        __builtin_prefetch(cache.k + at + i);
+        __builtin_prefetch(cache.v + at + i);
       }
       credit -= count;
       key += count;
-      if (key == total) {
-        ++tile;
-        key = 0;
+      while (member != end && key >= member->keys()) {
+        ++member;
+        key = member == end ? 0 : member->shared / kGroup * kGroup;
       }
     }
   }
 };
 
-AXPO_CLONES void attend_tile(const Tile& t, Prefetcher& ahead, float* scratch) {
-  const int64_t rows = t.tokens * t.group, row_total = (rows + 7) / 8 * 8, strip_count = strips(t.dim);
+// Whether a member takes all of its keys before `end` from the same blocks as the member before it.
+AXPO_INLINE bool follows(const Member& m, int64_t end) {
+  return m.shared >= std::min(end, std::max(m.keys(), (&m - 1)->keys()));
+}
+
+// The runs of a split, depth first: each member leads the runs of the keys that it does not share with the one before.
+AXPO_INLINE int64_t list_runs(const Tile& tile, const Cache& c, int64_t start, Run* runs) {
+  int64_t n = 0, row = 0;
+  for (int64_t m = 0; m < tile.count; row += tile.members[m++].tokens * c.group) {
+    const Member& leader = tile.members[m];
+    for (int64_t j = 0; j < kSplit; j += kGroup) {
+      const int64_t first = start + j;
+      if (m > 0 && follows(leader, first + kGroup)) continue;
+      int64_t tokens = leader.tokens, end = leader.keys();
+      for (int64_t f = m + 1; f < tile.count && follows(tile.members[f], first + kGroup); ++f) {
+        tokens += tile.members[f].tokens;
+        end = std::max(end, tile.members[f].keys());
+      }
+      if (first >= end) break;
+      Run& run = runs[n++];
+      run.key = j;
+      run.count = std::min<int64_t>(kGroup, end - first);
+      run.row = row;
+      run.rows = tokens * c.group;
+      const int64_t octets = (run.count + 7) / 8;
+      for (int64_t o = 0; o < octets;) {
+        const int64_t offset = (first + 8 * o) % c.block_size, block = leader.blocks[(first + 8 * o) / c.block_size];
+        const int64_t stop = std::min(octets, o + (c.block_size - offset) / 8);
+        for (int64_t at = block * c.block_stride + leader.head + offset * c.dim; o < stop; at += 8 * c.dim) {
+          run.at[o++] = at;
+        }
+      }
+      run.at[octets] = run.at[octets - 1];  // fills a panel of two octets up; its scores are not looked at
+    }
+  }
+  return n;
+}
+
+// Scores to weights: row[0 .. seen) becomes 2^(score - maximum), row[seen .. width) zeros; width is a multiple of 8.
+AXPO_INLINE void softmax_row(float* row, int64_t seen, int64_t width, float* peak, float* sum) {
+  const int64_t full = seen / 8 * 8;
+  f32x8 m = splat8(kNegInf);
+  for (int64_t j = 0; j < full; j += 8) m = max8(m, load8(row + j));
+  if (full < seen) {
+    const i32x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    const f32x8 masked = lane < static_cast<int32_t>(seen - full) ? load8(row + full) : splat8(kNegInf);
+    store8(row + full, masked);
+    m = max8(m, masked);
+  }
+  *peak = hmax8(m);
+  const f32x8 base = splat8(*peak);
+  f32x8 total = splat8(0.0f);
+  int64_t j = 0;
+  for (; j < seen; j += 8) {
+    const f32x8 w = exp2_8(load8(row + j) - base);
+    store8(row + j, w);
+    total += w;
+  }
+  for (; j < width; j += 8) store8(row + j, splat8(0.0f));
+  *sum = sum8(total);
+}
+
+AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead, float* scratch) {
+  int64_t rows = 0, key_total = 0;
+  for (int64_t m = 0; m < tile.count; ++m) {
+    rows += tile.members[m].tokens * c.group;
+    key_total = std::max(key_total, tile.members[m].keys());
+  }
+  const int64_t row_total = (rows + 7) / 8 * 8, strip_count = strips(c.dim);
   float* q = scratch;
   float* scores = q + row_total * strip_count * kStrip;
   float* part = scores + row_total * kSplit;  // output of the split, then of all splits so far
-  float* out = part + row_total * t.dim;
-  float* panel = out + row_total * t.dim;
+  float* out = part + row_total * c.dim;
+  float* panel = out + row_total * c.dim;
   float* part_peak = panel + strip_count * kStrip * kStrip;  // base 2
   float* part_sum = part_peak + row_total;
   float* peak = part_sum + row_total;
@@ -240,75 +332,54 @@ AXPO_CLONES void attend_tile(const Tile& t, Prefetcher& ahead, float* scratch) {
   float* keep = sum + row_total;  // factors of the merge
   float* add = keep + row_total;
 
-  const f32x8 factor = splat8(t.scale * kLog2e);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = t.q + r / t.group * t.token_stride + r % t.group * t.dim;
-    for (int64_t d = 0; d < strip_count * kStrip; d += 8) {
-      store8(q + (d / kStrip * row_total + r) * kStrip + d % kStrip,
-             d < t.dim ? load8(from + d) * factor : splat8(0.0f));
+  const f32x8 factor = splat8(c.scale * kLog2e);
+  for (int64_t m = 0, r = 0; m < tile.count; ++m) {
+    for (int64_t i = 0; i < tile.members[m].tokens * c.group; ++i, ++r) {
+      const float* from = tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim;
+      for (int64_t d = 0; d < strip_count * kStrip; d += 8) {
+        store8(q + (d / kStrip * row_total + r) * kStrip + d % kStrip,
+               d < c.dim ? load8(from + d) * factor : splat8(0.0f));
+      }
     }
   }
-  std::fill_n(out, rows * t.dim, 0.0f);
+  std::fill_n(out, rows * c.dim, 0.0f);
   std::fill_n(part_peak, 6 * row_total, 0.0f);
   std::fill_n(peak, row_total, kNegInf);
 
-  const int64_t key_total = t.position + t.tokens;
-  Octet keys[kSplit / 8], values[kSplit / 8];
+  Run runs[kTileRows * kSplit / kGroup];  // a tile of more rows has one member
   for (int64_t start = 0; start < key_total; start += kSplit) {
-    const int64_t count = std::min<int64_t>(kSplit, key_total - start), octets = (count + 7) / 8;
-    for (int64_t o = 0; o < octets;) {
-      const int64_t offset = (start + 8 * o) % t.block_size, block = t.blocks[(start + 8 * o) / t.block_size];
-      const int64_t end = std::min(octets, o + (t.block_size - offset) / 8);
-      for (int64_t at = block * t.block_stride + offset * t.dim; o < end; ++o, at += 8 * t.dim) {
-        keys[o] = t.k_cache + at;
-        values[o] = t.v_cache + at;
-      }
-    }
-    if (octets % 2 == 1) keys[octets] = keys[octets - 1];  // fills the panel up; its scores are not looked at
-
-    for (int64_t j = 0; j < count; j += kGroup) {
-      const int64_t here = std::min<int64_t>(kGroup, count - j), end = (j + here + 7) / 8;
-      ahead.run(here / 2);
-      if (rows <= kBlock) {
-        for_row_blocks(rows, FewScores{q, row_total, keys + j / 8, end - j / 8, t.dim, scores + j});
+    const int64_t run_count = list_runs(tile, c, start, runs);
+    for (int64_t i = 0; i < run_count; ++i) {
+      const Run& run = runs[i];
+      const int64_t octets = (run.count + 7) / 8;
+      const float* run_q = q + run.row * kStrip;
+      float* to = scores + run.row * kSplit + run.key;
+      ahead.run(run.count / 2);
+      if (run.rows <= kBlock) {
+        for_row_blocks(run.rows, FewScores{run_q, row_total, c.k, run.at, octets, c.dim, to});
         continue;
       }
-      for (int64_t o = j / 8; o < end; o += 2) {
-        pack_keys(keys + o, t.dim, panel);
-        for_row_blocks(rows, PackedScores{q, row_total, panel, t.dim, scores + 8 * o});
+      for (int64_t o = 0; o < octets; o += 2) {
+        pack_keys(c.k, run.at + o, c.dim, panel);
+        for_row_blocks(run.rows, PackedScores{run_q, row_total, panel, c.dim, to + 8 * o});
       }
     }
 
-    const int64_t width = (count + 7) / 8 * 8;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = scores + r * kSplit;
-      const int64_t seen = std::clamp<int64_t>(t.position + r / t.group + 1 - start, 0, count), full = seen / 8 * 8;
-      f32x8 m = splat8(kNegInf);
-      for (int64_t j = 0; j < full; j += 8) m = max8(m, load8(row + j));
-      if (full < seen) {
-        const i32x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-        const f32x8 masked = lane < static_cast<int32_t>(seen - full) ? load8(row + full) : splat8(kNegInf);
-        store8(row + full, masked);
-        m = max8(m, masked);
+    const int64_t width = std::min<int64_t>(kSplit, (key_total - start + kGroup - 1) / kGroup * kGroup);
+    for (int64_t m = 0, r = 0; m < tile.count; ++m) {
+      const Member& member = tile.members[m];
+      for (int64_t i = 0; i < member.tokens * c.group; ++i, ++r) {
+        const int64_t seen = std::clamp<int64_t>(member.position + i / c.group + 1 - start, 0, kSplit);
+        softmax_row(scores + r * kSplit, seen, width, part_peak + r, part_sum + r);
       }
-      part_peak[r] = hmax8(m);
-      const f32x8 base = splat8(part_peak[r]);
-      f32x8 total = splat8(0.0f);
-      int64_t j = 0;
-      for (; j < seen; j += 8) {
-        const f32x8 w = exp2_8(load8(row + j) - base);
-        store8(row + j, w);
-        total += w;
-      }
-      for (; j < width; j += 8) store8(row + j, splat8(0.0f));
-      part_sum[r] = sum8(total);
     }
 
-    std::fill_n(part, rows * t.dim, 0.0f);
-    for (int64_t j = 0; j < count; j += kGroup) {
-      const int64_t here = std::min<int64_t>(kGroup, count - j);
-      ahead.run(here - here / 2);
-      for_row_blocks(rows, WeightedValues{scores + j, values + j / 8, here, t.dim, part});
+    std::fill_n(part, rows * c.dim, 0.0f);
+    for (int64_t i = 0; i < run_count; ++i) {
+      const Run& run = runs[i];
+      ahead.run(run.count - run.count / 2);
+      for_row_blocks(run.rows, WeightedValues{scores + run.row * kSplit + run.key, c.v, run.at, run.count, c.dim,
+                                              part + run.row * c.dim});
     }
 
     // Every row sees key 0, so its maximum is finite from the first split on; a split that it does not see adds 0.
@@ -322,18 +393,59 @@ AXPO_CLONES void attend_tile(const Tile& t, Prefetcher& ahead, float* scratch) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const f32x8 a = splat8(keep[r]), b = splat8(add[r]);
-      for (int64_t d = 0; d < t.dim; d += 8) {
-        float* at = out + r * t.dim + d;
-        store8(at, load8(at) * a + load8(part + r * t.dim + d) * b);
+      for (int64_t d = 0; d < c.dim; d += 8) {
+        float* at = out + r * c.dim + d;
+        store8(at, load8(at) * a + load8(part + r * c.dim + d) * b);
       }
     }
   }
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const f32x8 inverse = splat8(1.0f / sum[r]);
-    float* to = t.out + r / t.group * t.token_stride + r % t.group * t.dim;
-    for (int64_t d = 0; d < t.dim; d += 8) store8(to + d, load8(out + r * t.dim + d) * inverse);
+  for (int64_t m = 0, r = 0; m < tile.count; ++m) {
+    for (int64_t i = 0; i < tile.members[m].tokens * c.group; ++i, ++r) {
+      const f32x8 inverse = splat8(1.0f / sum[r]);
+      float* to = tile.members[m].out + i / c.group * c.token_stride + i % c.group * c.dim;
+      for (int64_t d = 0; d < c.dim; d += 8) store8(to + d, load8(out + r * c.dim + d) * inverse);
+    }
   }
+}
+
+// One sequence with queries.
+struct Span {
+  int64_t row, tokens, keys;  // first query row, queries, keys
+  const int32_t* blocks;
+  int64_t shared;  // leading keys in the same blocks as those of the span before it
+};
+
+std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,
+                             int64_t rows, int64_t blocks, int64_t block_size) {
+  const int32_t *table = tables.const_data_ptr<int32_t>(), *starts = cu_seqlens_q.const_data_ptr<int32_t>();
+  const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
+  const int64_t sequences = context_lens.numel(), columns = tables.size(1);
+  TORCH_CHECK_VALUE(starts[0] == 0 && starts[sequences] == rows, "paged_attention: cu_seqlens_q runs from ", starts[0],
+                    " to ", starts[sequences], ", but q has ", rows, " rows");
+  std::vector<Span> spans;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t tokens = starts[s + 1] - starts[s];
+    TORCH_CHECK_VALUE(tokens >= 0, "paged_attention: cu_seqlens_q decreases at ", s);
+    if (tokens == 0) continue;
+    TORCH_CHECK_VALUE(lengths[s] >= tokens, "paged_attention: context_lens[", s, "] = ", lengths[s],
+                      " is shorter than the sequence's ", tokens, " queries");
+    const int64_t used = (lengths[s] + block_size - 1) / block_size;
+    TORCH_CHECK_VALUE(used <= columns, "paged_attention: context_lens[", s, "] = ", lengths[s], " needs ", used,
+                      " blocks, but block_tables has ", columns, " columns");
+    Span span{starts[s], tokens, lengths[s], table + s * columns, 0};
+    for (int64_t b = 0; b < used; ++b) {
+      TORCH_CHECK_VALUE(span.blocks[b] >= 0 && span.blocks[b] < blocks, "paged_attention: block_tables[", s, ", ", b,
+                        "] = ", span.blocks[b], " is outside the cache of ", blocks, " blocks");
+    }
+    if (!spans.empty()) {
+      const Span& before = spans.back();
+      const int64_t most = std::min(used, (before.keys + block_size - 1) / block_size);
+      span.shared = (std::mismatch(span.blocks, span.blocks + most, before.blocks).first - span.blocks) * block_size;
+    }
+    spans.push_back(span);
+  }
+  return spans;
 }
 
 at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
@@ -342,56 +454,63 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
                     "paged_attention: k_cache and v_cache must be contiguous");
   const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
-  const at::Tensor starts_tensor = cu_seqlens_q.contiguous(), lengths_tensor = context_lens.contiguous();
-  const int64_t tokens = q.size(0), q_heads = q.size(1), dim = q.size(2);
-  const int64_t blocks = k_cache.size(0), kv_heads = k_cache.size(1), block_size = k_cache.size(2);
-  const int64_t sequences = lengths_tensor.numel(), max_blocks = tables.size(1), group = q_heads / kv_heads;
+  const at::Tensor starts = cu_seqlens_q.contiguous(), lengths = context_lens.contiguous();
+  const int64_t rows = q.size(0), q_heads = q.size(1), dim = q.size(2);
+  const int64_t kv_heads = k_cache.size(1), block_size = k_cache.size(2), group = q_heads / kv_heads;
   TORCH_CHECK_VALUE(dim % 8 == 0 && dim <= 256, "paged_attention: D = ", dim, " must be a multiple of 8 up to 256");
   TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
   at::Tensor out = at::empty(q.sizes(), q.options());
-  const int32_t *table = tables.const_data_ptr<int32_t>(), *starts = starts_tensor.const_data_ptr<int32_t>();
-  const int32_t* lengths = lengths_tensor.const_data_ptr<int32_t>();
-  TORCH_CHECK_VALUE(starts[0] == 0 && starts[sequences] == tokens, "paged_attention: cu_seqlens_q runs from ",
-                    starts[0], " to ", starts[sequences], ", but q has ", tokens, " rows");
-
-  const float *q_data = q.const_data_ptr<float>(), *k_data = k_cache.const_data_ptr<float>();
-  const float* v_data = v_cache.const_data_ptr<float>();
+  if (out.numel() == 0) return out;
+  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size);
+  const Cache cache{k_cache.const_data_ptr<float>(), v_cache.const_data_ptr<float>(), kv_heads * block_size * dim,
+                    block_size, dim, group, q_heads * dim, static_cast<float>(scale)};
+  const float* q_data = q.const_data_ptr<float>();
   float* out_data = out.mutable_data_ptr<float>();
+
+  const int64_t most_tokens = max_rows(group) / group;
+  int64_t member_count = 0;
+  for (const Span& s : spans) member_count += kv_heads * ((s.tokens + most_tokens - 1) / most_tokens);
+  std::vector<Member> members;
+  members.reserve(member_count);  // tiles point into it
   std::vector<Tile> tiles;
-  const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, group));
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t count = starts[s + 1] - starts[s];
-    TORCH_CHECK_VALUE(count >= 0, "paged_attention: cu_seqlens_q decreases at ", s);
-    if (count == 0) continue;
-    TORCH_CHECK_VALUE(lengths[s] >= count, "paged_attention: context_lens[", s, "] = ", lengths[s],
-                      " is shorter than the sequence's ", count, " queries");
-    const int64_t used = (lengths[s] + block_size - 1) / block_size;
-    TORCH_CHECK_VALUE(used <= max_blocks, "paged_attention: context_lens[", s, "] = ", lengths[s], " needs ", used,
-                      " blocks, but block_tables has ", max_blocks, " columns");
-    for (int64_t b = 0; b < used; ++b) {
-      const int32_t block = table[s * max_blocks + b];
-      TORCH_CHECK_VALUE(block >= 0 && block < blocks, "paged_attention: block_tables[", s, ", ", b, "] = ", block,
-                        " is outside the cache of ", blocks, " blocks");
+  const auto add = [&](const Span& s, int64_t head, int64_t first, int64_t tokens, bool follower) {
+    const int64_t offset = ((s.row + first) * q_heads + head * group) * dim;
+    members.push_back({q_data + offset, out_data + offset, s.blocks, head * block_size * dim, tokens,
+                       s.keys - s.tokens + first, follower ? s.shared : 0});
+    if (follower) {
+      ++tiles.back().count;
+    } else {
+      tiles.push_back({&members.back(), 1});
     }
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      const int64_t head = h * block_size * dim;
-      for (int64_t first = (count - 1) / tile_tokens * tile_tokens; first >= 0; first -= tile_tokens) {
-        const int64_t offset = ((starts[s] + first) * q_heads + h * group) * dim;
-        tiles.push_back({q_data + offset, out_data + offset, k_data + head, v_data + head, table + s * max_blocks,
-                         kv_heads * block_size * dim, block_size, dim, group, q_heads * dim,
-                         std::min(tile_tokens, count - first), lengths[s] - count + first, static_cast<float>(scale)});
+  };
+  // Tiles of several sequences save work, but there must be enough tiles for the threads.
+  const int64_t threads = at::get_num_threads();
+  const int64_t together = threads == 1 ? most_tokens : std::min(most_tokens, rows * kv_heads / (4 * threads));
+  for (size_t s = 0; s < spans.size();) {
+    size_t end = s + 1;
+    for (int64_t tokens = spans[s].tokens; end < spans.size() && spans[end].shared > 0; ++end) {
+      tokens += spans[end].tokens;
+      if (tokens > together) break;
+    }
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      if (end == s + 1) {
+        for (int64_t first = 0; first < spans[s].tokens; first += most_tokens) {
+          add(spans[s], head, first, std::min(most_tokens, spans[s].tokens - first), false);
+        }
+      } else {
+        for (size_t i = s; i < end; ++i) add(spans[i], head, 0, spans[i].tokens, i > s);
       }
     }
+    s = end;
   }
 
   // Neighbours go to one thread, so that it can fetch ahead; about eight runs a thread keep the threads balanced.
-  const int64_t total = static_cast<int64_t>(tiles.size());
-  const int64_t run = std::max<int64_t>(1, total / (8 * at::get_num_threads()));
-  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / (8 * std::max<int64_t>(dim, 1)), kGroup, kSplit);
+  const int64_t total = static_cast<int64_t>(tiles.size()), run = std::max<int64_t>(1, total / (8 * threads));
+  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / (8 * dim), kGroup, kSplit);
   parallel_items((total + run - 1) / run, scratch_size(group, dim), [&](int64_t i, float* scratch) {
     const int64_t end = std::min(total, (i + 1) * run);
-    Prefetcher ahead{tiles.data() + i * run, tiles.data() + end, 0, ahead_keys};
-    for (int64_t tile = i * run; tile < end; ++tile) attend_tile(tiles[tile], ahead, scratch);
+    Prefetcher ahead{cache, tiles[i * run].members, tiles[end - 1].members + tiles[end - 1].count, ahead_keys};
+    for (int64_t tile = i * run; tile < end; ++tile) attend_tile(tiles[tile], cache, ahead, scratch);
   });
   return out;
 }

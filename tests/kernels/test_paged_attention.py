@@ -125,27 +125,51 @@ def test_a_prefill_cut_anywhere_and_a_decode_give_the_same_bits():
 
 
 @needs_cpp
-def test_sequences_that_share_blocks_get_the_bits_of_their_own_copies():
-    """Forks: shared full blocks, private tails. Block ids must not matter, only what the blocks hold."""
+@pytest.mark.parametrize(("block_size", "prefix_blocks"), [(8, 3), (16, 1), (16, 17), (16, 33), (64, 2), (256, 1)])
+def test_sequences_that_share_blocks_get_the_bits_of_their_own_copies(block_size, prefix_blocks):
+    """Forks of forks: shared full blocks, private tails. Not the block ids count, only what the blocks hold."""
     seed = fresh_seed()
     rng = np.random.default_rng(seed)
-    for prefix_blocks in (1, 5, 17, 20):
-        count = int(rng.integers(2, 9))
-        contexts = [prefix_blocks * 16 + int(n) for n in rng.integers(1, 60, size=count)]
-        queries = [int(rng.integers(1, c - prefix_blocks * 16 + 1)) for c in contexts]
-        batch = Batch(contexts, queries, 4, 2, 32, 16, seed)
-        for s in range(1, count):
-            own, shared = batch.tables[s, :prefix_blocks].long(), batch.tables[0, :prefix_blocks].long()
-            batch.k_cache[own], batch.v_cache[own] = batch.k_cache[shared], batch.v_cache[shared]
-        copies = batch.run()
-        batch.tables[:, :prefix_blocks] = batch.tables[0, :prefix_blocks]
-        assert torch.equal(copies, batch.run()), f"seed {seed}, {prefix_blocks} shared blocks, contexts {contexts}"
+    count = int(rng.integers(2, 30))
+    tails = [int(n) for n in rng.integers(1, 80, size=count)]
+    queries = [int(rng.integers(1, tail + 1)) if rng.random() < 0.3 else 1 for tail in tails]
+    contexts = [prefix_blocks * block_size + tail for tail in tails]
+    batch = Batch(contexts, queries, 4, 2, 32, block_size, seed)
+    sources = [int(rng.integers(0, s)) for s in range(1, count)]
+    kept = [int(rng.integers(0, prefix_blocks + 1)) for _ in sources]
+    for s, (source, blocks) in enumerate(zip(sources, kept, strict=True), start=1):
+        own, shared = batch.tables[s, :blocks].long(), batch.tables[source, :blocks].long()
+        batch.k_cache[own], batch.v_cache[own] = batch.k_cache[shared], batch.v_cache[shared]
+    copies = batch.run()
+    for s, (source, blocks) in enumerate(zip(sources, kept, strict=True), start=1):
+        batch.tables[s, :blocks] = batch.tables[source, :blocks]
+    assert torch.equal(copies, batch.run()), f"seed {seed}, contexts {contexts}, queries {queries}, kept {kept}"
+
+
+@needs_cpp
+def test_a_fork_that_has_not_written_yet_reads_the_tail_of_its_parent():
+    """All blocks are shared, of contexts that end in different places of the last ones, in any order."""
+    seed = fresh_seed()
+    rng = np.random.default_rng(seed)
+    for block_size in (8, 32, 256):
+        parent = Batch([300], [1], 4, 2, 32, block_size, seed)
+        contexts = [int(n) for n in rng.permutation([300, 299, 257, 256, 255, 120, 33, 32, 31, 1])]
+        parent.q = torch.randn(len(contexts), 4, 32)
+        parent.contexts = torch.tensor(contexts, dtype=torch.int32)
+        parent.starts = torch.arange(len(contexts) + 1, dtype=torch.int32)
+        parent.tables = parent.tables.repeat(len(contexts), 1)
+        together = parent.run()
+        for s in range(len(contexts)):
+            assert torch.equal(together[s : s + 1], parent.part(s)), f"seed {seed}, contexts {contexts}, sequence {s}"
 
 
 @needs_cpp
 def test_bitwise_equal_for_any_number_of_threads():
     seed = fresh_seed()
     batch = random_batch(np.random.default_rng(seed), seed, 4, 2, 32, 16)
+    batch.tables[1:, 0] = batch.tables[0, 0]  # what is worked on together depends on the number of threads
+    batch.k_cache.nan_to_num_()
+    batch.v_cache.nan_to_num_()
     before = torch.get_num_threads()
     try:
         results = []
