@@ -1,5 +1,6 @@
 """Tokens in, tokens out: the template renders the first prompt and what follows a call, never the history."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from engine import ImageInput, Processor
 
 _TURN = "\N{REPLACEMENT CHARACTER}turn\N{REPLACEMENT CHARACTER}"  # stands for an assistant turn while rendering
 _END_OF_TURN = "<|im_end|>"
+_MARKUP = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:think|tool_call|tool_response)>)")
 
 
 class Conversation:
@@ -55,5 +57,6 @@ class Conversation:
 
 
 def _content(result: ToolResult) -> list[dict[str, Any]]:
-    text = [{"type": "text", "text": result.text}] if result.text else []
+    # A tool may quote what the model wrote; a tag in letters must not become the token (an image without pixels, say).
+    text = [{"type": "text", "text": _MARKUP.sub("< ", result.text)}] if result.text else []
     return text + [{"type": "image"} for _ in result.images]
