@@ -1,11 +1,12 @@
 """Outcome reward: right answers score however they are written, and answers that hedge or hide do not."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from axpo.grading import final_answer, grade, normalise
-
 
 SCORING = r"<answer>\boxed{7}</answer>"
 
@@ -33,6 +34,9 @@ def test_the_plain_answer() -> None:
         turn(r"<answer>\boxed{7</answer>"),
         turn(r"<answer>\boxed{}</answer>"),
         turn(r"<answer>7</answer>"),
+        turn("<answer>\\boxed{\N{FULLWIDTH DIGIT SEVEN}}</answer>"),
+        turn("<answer>\\boxed{\N{ARABIC-INDIC DIGIT SEVEN}}</answer>"),
+        turn("<answer>\\boxed{7\N{ZERO WIDTH SPACE}}</answer>"),
         turn(r"\boxed{7}"),
         turn(r"<answer>\boxed{7}"),
         turn(r"\boxed{7}</answer>"),
@@ -100,3 +104,22 @@ def test_no_text_breaks_it(text: str) -> None:
     assert grade(text, "7") in (0.0, 1.0)
     assert normalise(normalise(text)) == normalise(text)
     assert final_answer(text) is None or isinstance(final_answer(text), str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        turn(r"<answer>\boxed{" + "{" * 300_000 + "</answer>"),
+        turn(r"<answer>\boxed{" + "1" * 300_000 + "}</answer>"),
+        turn(r"<answer>\boxed{" + "1,111" * 60_000 + "}</answer>"),
+        turn(r"<answer>\boxed{" + r"\text{" * 50_000 + "}" * 50_001 + "</answer>"),
+        turn(r"<answer>\boxed{" + " " * 300_000 + "x}</answer>"),
+        "</think>" + "<answer>" * 50_000 + "</answer>" * 50_000,
+        "<think></think>" * 30_000,
+    ],
+    ids=range(7),
+)
+def test_huge_texts_take_no_time(text: str) -> None:
+    start = time.process_time()
+    assert grade(text, "7") == 0.0
+    assert time.process_time() - start < 2  # work that grows with the square would take minutes

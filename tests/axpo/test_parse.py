@@ -63,6 +63,11 @@ def test_several_calls_in_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
         assert tokenizer.decode(tokens[call.start : call.end]) == f"{OPEN}{content}{CLOSE}"
 
 
+def test_thinking_tags_inside_a_call_are_part_of_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    _, calls = parse(tokenizer, f"</think>{OPEN}<think>{GOOD}{CLOSE}\n{OPEN}{GOOD}{CLOSE}")
+    assert [c.error is None for c in calls] == [False, True]  # it does not open a thought that hides the next call
+
+
 def test_an_unclosed_call_reaches_to_the_next_or_to_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens, calls = parse(tokenizer, f"</think>\n\n{OPEN}{GOOD}\n{OPEN}{GOOD}{CLOSE}")
     assert [c.error is None for c in calls] == [False, True]
@@ -83,6 +88,8 @@ def test_an_unclosed_call_reaches_to_the_next_or_to_the_end(tokenizer: PreTraine
         (GOOD + "}", "not valid JSON"),
         ("image_zoom_in(0, 0, 1, 1)", "not valid JSON"),
         ('{"name": "image_zoom_in", "arguments": {"bbox_2d": [NaN]}}', "NaN is not a number"),
+        ('{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 1e999, 1]}}', "1e999 is too large"),
+        ('{"name": "image_zoom_in", "arguments": {"label": "\\ud800"}}', "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
         ("9" * 5000, "not valid JSON"),
         ("[1, 2]", "is a JSON array; it must be an object"),
