@@ -45,12 +45,15 @@ class Style:
 
 
 PRACTICE = Style(0.6, 0.3, side=1.3, side_noise=0.3, centre_noise=2.0, visible=0.9, describe=0.5)
-"""Teaches to see: find tiles, aim, read. What a pretrained model can do already."""
+"""Teaches to see: to find tiles and to aim. What a pretrained model can do already."""
+
+READING = Style(0.8, 0.3, side=1.9, side_noise=0.12, centre_noise=2.0, visible=0.9, describe=0.3)
+"""Teaches to read: crops in which a digit is as large as those that the overview shows well."""
 
 TEACHER = Style(0.4, 0.07, side=2.2, side_noise=0.5, centre_noise=14.0, visible=0.3, describe=0.0)
 """Gives the SFT model the symptoms that the paper starts from: rare calls, which mostly fail."""
 
-STYLES = {"practice": PRACTICE, "teacher": TEACHER}
+STYLES = {"practice": PRACTICE, "reading": READING, "teacher": TEACHER}
 
 
 @dataclass(frozen=True, slots=True)
