@@ -1,7 +1,10 @@
 // Shared by the CPU kernels: run-time instruction-set dispatch and small fixed-width vectors.
 //
 // Every .cpp of this directory registers its own operators in its own fragment:
-//     TORCH_LIBRARY_FRAGMENT(axpo, m) { m.def("op(Tensor x) -> Tensor"); m.impl("op", c10::DispatchKey::CPU, TORCH_FN(op)); }
+//     TORCH_LIBRARY_FRAGMENT(axpo, m) {
+//       m.def("op(Tensor x) -> Tensor");
+//       m.impl("op", c10::DispatchKey::CPU, TORCH_FN(op));
+//     }
 // so a file can be added without touching another; setup.py compiles whatever lies here. There is no pybind: the
 // library is loaded by kernels/_library.py, which is also where fake and autograd rules are attached from Python.
 //
