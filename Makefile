@@ -50,6 +50,7 @@ mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint: tokenizer, practice, 
 	$(BIN)/python -m axpo.tasks.build_mini axpo/assets/mini
 	$(TRAIN) axpo.sft mini-practice $(ARGS)
 	$(TRAIN) axpo.sft mini-reading $(ARGS)
+	$(TRAIN) axpo.sft mini-crops $(ARGS)
 	$(TRAIN) axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now in constraints-cpu.txt

@@ -53,7 +53,10 @@ READING = Style(0.8, 0.3, side=1.9, side_noise=0.12, centre_noise=2.0, visible=0
 TEACHER = Style(0.4, 0.07, side=2.2, side_noise=0.5, centre_noise=14.0, visible=0.3, describe=0.0)
 """Gives the SFT model the symptoms that the paper starts from: rare calls, which mostly fail."""
 
-STYLES = {"practice": PRACTICE, "reading": READING, "teacher": TEACHER}
+CROPS = Style(1.0, 0.3, side=1.2, side_noise=0.05, centre_noise=1.0, visible=0.9, describe=0.1)
+"""Teaches to read the tightest crops, wherever the digit stands in them."""
+
+STYLES = {"practice": PRACTICE, "reading": READING, "crops": CROPS, "teacher": TEACHER}
 
 
 @dataclass(frozen=True, slots=True)
