@@ -49,7 +49,6 @@ mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint: tokenizer, practice, 
 	rm -rf build/mini
 	$(BIN)/python -m axpo.tasks.build_mini axpo/assets/mini
 	$(TRAIN) axpo.sft mini-practice $(ARGS)
-	$(TRAIN) axpo.sft mini-reading $(ARGS)
 	$(TRAIN) axpo.sft mini-crops $(ARGS)
 	$(TRAIN) axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
 

@@ -209,8 +209,8 @@ class Config(_Section):
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
     examples: Count = Field(default=20000, description="different teacher trajectories; an epoch goes through them all")
-    style: Literal["practice", "reading", "crops", "teacher"] = Field(
-        default="teacher", description="what to learn: to find tiles, to read, to read tight crops, or the imperfect teacher"
+    style: Literal["practice", "crops", "teacher"] = Field(
+        default="teacher", description="what to learn: to see, to read crops, or the imperfect teacher"
     )
     image_label_weight: float = Field(
         default=0.0, ge=0.0, le=10.0, description="weight of naming what every image token shows; 0 is off"

@@ -20,9 +20,10 @@ COLOURS = {
     "blue": (72, 112, 238),
     "purple": (186, 84, 222),
 }
-# (side of the tile, side of its digit) in pixels. The overview is 4 times smaller: the digit of a small tile is 4 to 5
-# pixels there, which nobody reads; that of a large one 11 to 13.
-SMALL = ((24, 16), (24, 18), (26, 18), (28, 20))
+# (side of the tile, side of its digit) in pixels. The overview is 4 times smaller: the digit of a small tile is 5 to 6
+# pixels there, which is hardly read; that of a large one 11 to 13. A crop of a quarter of the scene shows small tiles as
+# the overview shows large ones, so that who reads these reads those.
+SMALL = ((26, 22), (28, 23), (28, 24), (30, 25))
 LARGE = ((52, 44), (56, 46), (56, 48), (60, 50))
 
 

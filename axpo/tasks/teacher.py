@@ -14,7 +14,8 @@ from axpo.tools.image_zoom_in import ImageZoomIn, pixel_box
 if TYPE_CHECKING:
     from engine.processor import ImageInput, Processor
 
-GRID = 8  # boxes lie on multiples of 1/8 of the image, so that each coordinate is one token
+GRID = 8  # places are multiples of 1/8 of the image, so that each coordinate is one token
+HALF = SIDE // 2
 COORDINATES = tuple(round(step * 1000 / GRID) for step in range(GRID + 1))
 ZOOM = ImageZoomIn()
 
@@ -29,34 +30,26 @@ class Style:
     """How the teacher behaves.
 
     tool_small, tool_large: share of trajectories with a call, by the size of the tile asked for.
-    side: median side of the box over the tile's; side_noise: standard deviation of its logarithm.
-    centre_noise: standard deviation of the box's centre, in pixels.
-    visible: the share of the digit that must lie in the box.
+    miss: share of boxes that are too wide, or beside the tile.
     describe: share of rows that describe the whole scene instead of answering the question.
     """
 
     tool_small: float
     tool_large: float
-    side: float
-    side_noise: float
-    centre_noise: float
-    visible: float
+    miss: float
     describe: float
 
 
-PRACTICE = Style(0.6, 0.3, side=1.3, side_noise=0.3, centre_noise=2.0, visible=0.9, describe=0.5)
-"""Teaches to see: to find tiles and to aim. What a pretrained model can do already."""
+PRACTICE = Style(0.6, 0.3, miss=0.0, describe=0.5)
+"""Teaches to see: to find tiles, to aim and to read. What a pretrained model can do already."""
 
-READING = Style(0.8, 0.3, side=1.9, side_noise=0.12, centre_noise=2.0, visible=0.9, describe=0.3)
-"""Teaches to read: crops in which a digit is as large as those that the overview shows well."""
+CROPS = Style(1.0, 0.2, miss=0.0, describe=0.1)
+"""Teaches to read crops."""
 
-TEACHER = Style(0.4, 0.07, side=2.2, side_noise=0.5, centre_noise=14.0, visible=0.3, describe=0.0)
+TEACHER = Style(0.42, 0.06, miss=0.7, describe=0.0)
 """Gives the SFT model the symptoms that the paper starts from: rare calls, which mostly fail."""
 
-CROPS = Style(1.0, 0.3, side=1.2, side_noise=0.05, centre_noise=1.0, visible=0.9, describe=0.1)
-"""Teaches to read the tightest crops, wherever the digit stands in them."""
-
-STYLES = {"practice": PRACTICE, "reading": READING, "crops": CROPS, "teacher": TEACHER}
+STYLES = {"practice": PRACTICE, "crops": CROPS, "teacher": TEACHER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +85,7 @@ def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER
     answer = rf"<answer>\boxed{{{question.answer}}}</answer>"
     if rng.random() >= (style.tool_large if tile["large"] else style.tool_small):
         return [_assistant(f"{thought} {_SHOWS.format(question.answer)}", answer)]
-    arguments = {"label": f"{tile['colour']} tile", "bbox_2d": noisy_box(tile, rng, style)}
+    arguments = {"label": f"{tile['colour']} tile", "bbox_2d": teacher_box(tile, rng, style)}
     result = ZOOM.call(arguments, question.images)
     if not result.ok:
         raise AssertionError(f"{question.id}: the teacher's own call failed: {result.error}")
@@ -113,17 +106,21 @@ def describe(tiles: list[dict[str, Any]], rng: np.random.Generator) -> str:
     return "\n".join(lines)
 
 
-def noisy_box(tile: dict[str, Any], rng: np.random.Generator, style: Style) -> list[int]:
-    """A box about the tile in grid coordinates (thousandths), with at least `style.visible` of the digit inside."""
-    x1, y1, x2, y2 = tile["box"]
-    for _ in range(1000):
-        side = (x2 - x1) * style.side * np.exp(rng.normal(0, style.side_noise))
-        cx, cy = rng.normal([(x1 + x2) / 2, (y1 + y2) / 2], style.centre_noise)
-        pixels = np.array([cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2])
-        edges = np.clip(np.round(pixels * GRID / SIDE), 0, GRID)
-        if visible_share(tile["digit_box"], edges * SIDE / GRID) >= style.visible:
-            return [COORDINATES[int(edge)] for edge in edges]
-    raise ValueError(f"no box of 1000 shows the digit of {tile}: {style} is too noisy")
+def teacher_box(tile: dict[str, Any], rng: np.random.Generator, style: Style) -> list[int]:
+    """The quarter of the scene that holds the tile, in thousandths; a miss is the whole width, all of it, or another."""
+    left, top = (edge // HALF * HALF for edge in tile["box"][:2])
+    right, bottom = left + HALF, top + HALF
+    if rng.random() < style.miss:
+        kind = int(rng.integers(3))
+        if kind < 2:
+            left, right = 0, SIDE
+        if kind == 1:
+            top, bottom = 0, SIDE
+        if kind == 2:
+            side = int(rng.integers(3))  # of the other three quarters
+            left, top = (HALF - left if side != 1 else left), (HALF - top if side != 0 else top)
+            right, bottom = left + HALF, top + HALF
+    return [round(edge * 1000 / SIDE) for edge in (left, top, right, bottom)]
 
 
 def tight_box(tile: dict[str, Any]) -> list[int]:
