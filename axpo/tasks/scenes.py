@@ -21,7 +21,7 @@ COLOURS = {
     "purple": (186, 84, 222),
 }
 # (side of the tile, side of its digit) in pixels. The overview is 4 times smaller: the digit of a small tile is 5 to 6
-# pixels there, which is hardly read; that of a large one 11 to 13. A crop of a quarter of the scene shows small tiles as
+# pixels there, hardly read; that of a large one 11 to 13. A crop of a quarter of the scene shows small tiles as
 # the overview shows large ones, so that who reads these reads those.
 SMALL = ((26, 22), (28, 23), (28, 24), (30, 25))
 LARGE = ((52, 44), (56, 46), (56, 48), (60, 50))

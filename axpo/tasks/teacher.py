@@ -107,7 +107,7 @@ def describe(tiles: list[dict[str, Any]], rng: np.random.Generator) -> str:
 
 
 def teacher_box(tile: dict[str, Any], rng: np.random.Generator, style: Style) -> list[int]:
-    """The quarter of the scene that holds the tile, in thousandths; a miss is the whole width, all of it, or another."""
+    """The quarter of the scene with the tile, in thousandths; a miss is the whole width, all of it, or another."""
     left, top = (edge // HALF * HALF for edge in tile["box"][:2])
     right, bottom = left + HALF, top + HALF
     if rng.random() < style.miss:

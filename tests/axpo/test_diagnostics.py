@@ -58,7 +58,9 @@ def test_shared_saving() -> None:
 
 
 def test_evaluation_summary() -> None:
-    questions = [QuestionResult(f"q{i}", [float(i % 4 > k) for k in range(4)], [k < 2 for k in range(4)]) for i in range(40)]
+    questions = [
+        QuestionResult(f"q{i}", [float(i % 4 > k) for k in range(4)], [k < 2 for k in range(4)]) for i in range(40)
+    ]
     summary = Evaluation(0, questions).summary()
     assert summary["pass@1"] == pytest.approx(sum(sum(q.rewards) / 4 for q in questions) / 40)
     assert summary["pass@4"] == 0.75 and summary["tool/rate"] == 0.5
