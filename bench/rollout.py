@@ -2,8 +2,8 @@
 
     python bench/rollout.py [--questions 32] [--rollouts 8] [--repeats 3] [--json FILE]
 
-Both sides get the same weights, dtype, threads, prompts with images, sampling (temperature 1) and stop rules, and sample
-one turn for every rollout. Ours also returns the log-prob and exact entropy of each token. transformers runs with each of
+Both sides get the same weights, dtype, threads, prompts with images, sampling (temperature 1), stop rules, and sample
+one turn for every rollout. Ours also returns log-prob and exact entropy of each token. transformers runs with each of
 the given batch sizes and its best one counts. Warm-up runs are not timed; the median of the repeats is.
 """
 

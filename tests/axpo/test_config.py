@@ -10,7 +10,7 @@ from typing import get_origin
 import pytest
 from pydantic import ValidationError
 
-from axpo.cli import ConfigError, leaf_fields, load_config, recipe_names, resolve
+from axpo.cli import ConfigError, leaf_fields, load_config, read_recipe, recipe_names, resolve
 from axpo.config import Config, SftConfig, to_toml
 
 
@@ -136,7 +136,7 @@ def test_toml_reads_back_as_the_same_configuration(tmp_path: Path):
 def test_embedded_recipes_are_valid():
     assert {"mini", "mini-grpo", "mini-sft"} <= set(recipe_names())
     for name in recipe_names():
-        schema = SftConfig if name.endswith("-sft") else Config
+        schema = SftConfig if "sft" in read_recipe(name) else Config
         assert resolve(schema, [name], recipe=name).run.name
     mini, grpo = config("mini"), config("mini-grpo")
     assert grpo.algo.name == "grpo" and grpo.algo.resampling_ratio == 0 < mini.algo.resampling_ratio
