@@ -98,7 +98,8 @@ def comparison(evaluations: Iterable[tuple[str, Evaluation]]) -> "Table":
     named = [(name, evaluation.summary()) for name, evaluation in evaluations]
     rows = []
     for metric in [key for key in named[0][1] if not key.endswith(("_low", "_high")) and key not in _COUNTS]:
-        rows.append([_LABELS.get(metric, metric.replace("pass@", "Pass@")), *(_cell(summary, metric) for _, summary in named)])
+        label = _LABELS.get(metric, metric.replace("pass@", "Pass@"))
+        rows.append([label, *(_cell(summary, metric) for _, summary in named)])
     first = named[0][1]
     title = f"{first['questions']} held-out questions, {first['samples']} samples each (95 % intervals)"
     return table(title, ["", *(name for name, _ in named)], rows)
