@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -107,7 +108,7 @@ def transformers_generate(
     """`generate(num_return_sequences=rollouts)` over `batch` sequences at a time, left-padded."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     image_token = model.config.image_token_id
     pad = conversation.processor.tokenizer.pad_token_id
     end = [conversation.end_of_turn]
