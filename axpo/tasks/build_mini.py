@@ -1,16 +1,12 @@
 """Writes the mini model's Hugging Face directory without weights: `python -m axpo.tasks.build_mini OUT`.
 
-`init_weights` draws the initial weights of a model built from it. The trained ones come from `axpo.sft`.
+The weights come from `axpo.sft`, which draws the first ones itself.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from axpo.tasks.mini_tokenizer import ADDED, build_tokenizer, chat_template
 
@@ -34,43 +30,6 @@ def build_mini(out: str | Path) -> None:
     _write(out / "config.json", _config(tokenizer.get_vocab_size(), ids))
     _write(out / "generation_config.json", _generation_config(ids))
     _write(out / "preprocessor_config.json", _preprocessor_config())
-
-
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Draws initial weights in place, the same for every module with Hugging Face's parameter names.
-
-    Matrices have variance 1/fan-in (those that write to a residual stream less, by the number of writers), embeddings
-    variance 1, norms are 1 and biases 0. The final norm is 1/sqrt(hidden): with tied unit embeddings the first logits
-    then have variance 1. transformers' constant 0.02 learns to find tiles several times slower at this width.
-    """
-    for name, parameter in sorted(model.named_parameters()):
-        generator = torch.Generator().manual_seed(_stable_hash(f"{seed}:{name}"))
-        with torch.no_grad():
-            parameter.copy_(_initial(name, parameter.shape, generator))
-
-
-def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.full(shape, HIDDEN**-0.5 if name.endswith("language_model.norm.weight") else 1.0)
-    draw = torch.randn(shape, generator=generator)
-    if "embed_tokens" in name or "lm_head" in name:
-        return draw
-    if "pos_embed" in name:
-        return draw * 0.5
-    scale = math.prod(shape[1:]) ** -0.5
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        scale /= math.sqrt(2 * LAYERS)
-    elif "visual" in name and name.endswith(("attn.proj.weight", "mlp.linear_fc2.weight")):
-        scale /= math.sqrt(2 * VISION_DEPTH)
-    return draw * scale
-
-
-def _stable_hash(text: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def _config(vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def main(checkpoint: Path, out: Path) -> None:
     engine = Qwen3VL(learner.config).requires_grad_(False)
     synced = push_weights(learner.model, engine)
     digest = [parameter.double().sum().item() for parameter in engine.parameters()]
-    save_checkpoint(out / "checkpoints", learner, Progress(UPDATES, 11, "hash"), keep=2)
+    save_checkpoint(out / "checkpoints", learner, Progress(UPDATES, 11), keep=2)
     export_policy(learner, checkpoint, out / "policy")
     record = {"metrics": metrics, "copied": synced.bytes, "digest": digest}
     everyone = gather_objects([record])

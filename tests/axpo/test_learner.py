@@ -231,9 +231,10 @@ def test_weights_from_scratch(checkpoint: Path):
     assert all(torch.equal(weight, b[name]) for name, weight in a.items())
     name = "model.language_model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(a[name], c[name])
-    assert a[name].std().item() == pytest.approx(48**-0.5, rel=0.1)
+    assert a[name].std().item() == pytest.approx((48 * 2 * 2) ** -0.5, rel=0.1)  # fan-in, two writers a layer
     assert a["model.language_model.embed_tokens.weight"].std().item() == pytest.approx(1.0, rel=0.1)
-    assert (a["model.language_model.norm.weight"] == 1).all()
+    assert (a["model.language_model.norm.weight"] == 32**-0.5).all()  # tied: the first logits have variance 1
+    assert (a["model.language_model.layers.0.input_layernorm.weight"] == 1).all()
     assert (a["model.visual.blocks.0.attn.qkv.bias"] == 0).all()
 
 

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
-    Qwen3VLForConditionalGeneration,
 )
 
-from axpo.tasks.build_mini import build_mini, init_weights
+from axpo.tasks.build_mini import build_mini
 from axpo.tasks.mini_tokenizer import ADDED, PHRASES, SPECIAL, TAGS
 from axpo.tasks.scenes import ASSETS, COLOURS
 from axpo.tasks.teacher import COORDINATES
@@ -202,22 +199,3 @@ def test_image_processor_brings_every_image_to_the_overviews_pixels(mini: Path, 
     assert batch["pixel_values"].shape == (height * width, 3 * 2 * 4 * 4)
     if size[0] == size[1]:
         assert (height, width) == (8, 8)
-
-
-def test_model_is_small_and_starts_alike_everywhere(mini: Path) -> None:
-    config = AutoConfig.from_pretrained(mini)
-    first, second = Qwen3VLForConditionalGeneration(config), Qwen3VLForConditionalGeneration(config)
-    init_weights(first, 5)
-    init_weights(second, 5)
-    parameters = dict(first.named_parameters())
-    assert sum(parameter.numel() for parameter in parameters.values()) <= 1_900_000
-    assert all(torch.equal(parameter, parameters[name]) for name, parameter in second.named_parameters())
-    init_weights(second, 6)
-    assert not torch.equal(second.lm_head.weight, first.lm_head.weight)
-    query = parameters["model.language_model.layers.0.self_attn.q_proj.weight"]
-    assert abs(query.std().item() * query.shape[1] ** 0.5 - 1) < 0.05
-    assert abs(parameters["model.language_model.embed_tokens.weight"].std().item() - 1) < 0.05
-    assert config.image_token_id == _loaded().convert_tokens_to_ids("<|image_pad|>")
-    with torch.no_grad():
-        logits = first(input_ids=torch.tensor([[3, 5, 7, 300]])).logits
-    assert torch.isfinite(logits).all()
