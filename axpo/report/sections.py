@@ -58,7 +58,7 @@ def _learning(run: Run) -> list[Figure]:
             run,
             "Reward",
             "Share of right answers among the step’s rollouts. Points with a bar: Pass@1 on held-out questions and its "
-            "95 % interval, sampled more greedily than in training.",
+            "95 % interval, sampled as the config's eval section says.",
             [("reward/mean", "reward", BLUE)],
             percent,
             floor=0.0,
