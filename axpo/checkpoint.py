@@ -1,7 +1,6 @@
 """Checkpoints of a run: written whole or not at all, checked when read; and the policy as a Hugging Face directory."""
 
 import json
-import os
 import random
 import shutil
 import zlib
@@ -18,9 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from axpo.distributed import barrier, gather_objects, rank, world_size
 from axpo.learner import Learner, reshard
+from axpo.rundir import CHECKPOINT_STATE, fsync
 from engine.weights import save_pretrained
-
-STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +49,14 @@ def save_checkpoint(directory: Path, learner: Learner, progress: Progress, keep:
     )
     if rank() == 0:
         record = {**asdict(progress), "updates": learner.updates, "world_size": world_size(), "files": files}
-        (temporary / STATE).write_text(json.dumps(record, indent=1))
+        (temporary / CHECKPOINT_STATE).write_text(json.dumps(record, indent=1))
         for file in [*temporary.iterdir(), temporary]:
-            _fsync(file)
+            fsync(file)
         replaced = directory / f".old-{final.name}"
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
-        _fsync(directory)
+        fsync(directory)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in _complete(directory)[:-keep]:
             shutil.rmtree(old)
@@ -140,11 +138,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _complete(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step_*") if (path / STATE).is_file())
+    return sorted(path for path in directory.glob("step_*") if (path / CHECKPOINT_STATE).is_file())
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    file = path / STATE
+    file = path / CHECKPOINT_STATE
     try:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
@@ -181,11 +179,3 @@ def _problem(file: Path, expected: list[int]) -> str | None:
             else f"{file}: corrupt (too long)"
         )
     return None if checksum == expected[1] else f"{file}: corrupt (checksum differs)"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,10 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
@@ -16,6 +14,7 @@ from axpo.evaluate import Evaluation, comparison, evaluate
 from axpo.inputs import Inputs, make_agent
 from axpo.learner import Learner
 from axpo.metrics import MetricsLogger, Spans
+from axpo.order import shuffled
 from axpo.rundir import RunDir, write_json
 from axpo.tasks import Question
 from axpo.trajectory import SAMPLED, Trajectory
@@ -71,7 +70,7 @@ class Run:
         """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
         count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
         drawn = range((step - 1) * count, step * count)
-        order = [int(_order(self.config.run.seed, index // size, size)[index % size]) for index in drawn]
+        order = [shuffled(self.config.run.seed, position, size) for position in drawn]
         return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
 
     def push_weights(self) -> None:
@@ -139,11 +138,6 @@ class Run:
     def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
         files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.step)}
         return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
-
-
-@cache
-def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def _light(trajectory: Trajectory) -> Trajectory:

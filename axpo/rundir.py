@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -192,8 +192,8 @@ def _step(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _sync_directory(path: Path) -> None:
-    """Make a rename in `path` durable."""
+def fsync(path: Path) -> None:
+    """Make a file's content, or the renames in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,6 +9,7 @@ import numpy as np
 
 from axpo.cli import exit_with, load_config
 from axpo.config import SftConfig
+from axpo.order import shuffled
 
 if TYPE_CHECKING:
     from axpo.tasks.teacher import Row
@@ -96,7 +97,7 @@ class TeacherData:
         """This rank's share of the examples of step 1, 2, …; an epoch is `sft.examples` of them in a new order."""
         size, count = self.config.sft.batch_size, self.config.sft.examples
         wanted = np.arange((step - 1) * size, step * size)[self.rank :: self.world_size]
-        return [self._tree(int(_order(self.config.run.seed, index // count, count)[index % count])) for index in wanted]
+        return [self._tree(shuffled(self.config.run.seed, int(position), count)) for position in wanted]
 
     def _make_tree(self, example: int) -> "PackedBatch":
         from axpo.tasks.teacher import STYLES, sft_row
@@ -135,11 +136,6 @@ class TeacherData:
             images=row.images,
             positions=self.processor.positions(row.tokens, row.images),
         )
-
-
-@cache
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 if __name__ == "__main__":

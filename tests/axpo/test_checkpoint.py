@@ -76,7 +76,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(policy: Path, saved: Pat
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("axpo.checkpoint._fsync", full)
+    monkeypatch.setattr("axpo.checkpoint.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, learner, Progress(2, 10), keep=1)
     assert latest(tmp_path) == directory
