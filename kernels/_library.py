@@ -1,12 +1,14 @@
-"""Loads the C++ CPU kernels (torch.ops.axpo.*) and decides, call by call, whether they can be used."""
+"""Which implementation serves a call: Triton on CUDA, C++ (torch.ops.axpo.*) on the CPU, plain torch everywhere."""
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-MODES = ("auto", "reference", "cpp")
+BACKENDS = ("triton", "cpp", "reference")
+MODES = ("auto", *BACKENDS)
 
 
 def _read_mode() -> str:
@@ -41,11 +43,49 @@ def _load(mode: str) -> bool:
 
 MODE = _read_mode()
 LOADED = _load(MODE)
+TRITON = find_spec("triton") is not None
+# Triton's interpreter runs its kernels on CPU tensors, slowly and exactly: how they are tested without a GPU.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, cpp: bool = True, triton: bool = True) -> str:
+    """The backend that serves this call of `op`: "triton", "cpp" or "reference".
+
+    backend: an explicit choice, which comes before AXPO_KERNELS, which comes before the automatic one.
+    tensors: the floating-point operands (None is passed over); integer operands follow their device.
+    cpp, triton: whether that implementation knows the shapes at hand.
+    Raises ValueError when the explicit choice cannot serve the call. The automatic one falls back to "reference".
+    """
+    wanted = backend or MODE
+    if wanted == "auto":
+        if tensors[0] is not None and tensors[0].is_cuda:
+            return "triton" if TRITON and triton else "reference"
+        return "cpp" if cpp and use_cpp(*tensors) else "reference"
+    reason = _why_not(wanted, tensors, cpp, triton)
+    if reason:
+        source = "backend" if backend else "AXPO_KERNELS"
+        raise ValueError(f"{op}: {source}={wanted!r} cannot serve this call: {reason}")
+    return wanted
 
 
 def use_cpp(*tensors: torch.Tensor | None) -> bool:
-    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU.
+    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU."""
+    return LOADED and all(t is None or (t.is_cpu and t.dtype == torch.float32) for t in tensors)
 
-    Integer operands (indices, lengths) need not be passed: they follow the device of the others.
-    """
-    return LOADED and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, triton: bool) -> str | None:
+    if backend not in BACKENDS:
+        return f"there is {', '.join(BACKENDS)}"
+    if backend == "triton":
+        if not TRITON:
+            return "triton is not installed"
+        if not triton:
+            return "the Triton kernel does not know this shape or dtype"
+        if not INTERPRET and not all(t is None or t.is_cuda for t in tensors):
+            return "the tensors are not on a CUDA device (TRITON_INTERPRET=1 runs Triton's interpreter on the CPU)"
+    if backend == "cpp":
+        if not LOADED:
+            return "the C++ kernels are not built (python setup.py build_ext --inplace)"
+        if not cpp or not use_cpp(*tensors):
+            return "the C++ kernels serve fp32 tensors on the CPU, of shapes that their docstring names"
+    return None

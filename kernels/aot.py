@@ -1,0 +1,120 @@
+"""Compiles every Triton kernel ahead of time for sm_90, without a GPU: `python -m kernels.aot [--json] [NAME …]`.
+
+What it prints of each production tile is what the tests assert and the docs show: registers, spills, shared memory,
+instructions and matrix instructions.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURE = 90
+SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
+MODULES = ()  # "kernels.<op>.triton" of every operation that has a Triton form
+
+
+@dataclass(frozen=True, slots=True)
+class AotCase:
+    """One kernel at one production tile.
+
+    signature: Triton's type of every argument in order ("*bf16", "i32", "fp32", …), or the value of a constexpr.
+    aligned: names of the arguments that are multiples of 16 (pointers and strides of production shapes).
+    wgmma: whether it must use the tensor cores' warp-group instructions.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    wgmma: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AotResult:
+    """registers a thread, bytes spilled a thread, bytes of shared memory a block, SASS and wgmma instructions."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+    wgmma: int
+    must_wgmma: bool
+
+
+def compile_case(case: AotCase) -> AotResult:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    types = {k: v if isinstance(v, str) and _is_type(v) else "constexpr" for k, v in case.signature.items()}
+    constants = {k: v for k, v in case.signature.items() if types[k] == "constexpr"}
+    names = list(case.signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=attributes)
+    compiled = compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
+    usage, sass = _inspect(compiled.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[union-attr]
+    return AotResult(
+        case.name,
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+        len(re.findall(r"\bHGMMA\b", sass)),
+        case.wgmma,
+    )
+
+
+def _is_type(text: str) -> bool:
+    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)", text) is not None
+
+
+def _inspect(cubin: bytes) -> tuple[str, str]:
+    """cuobjdump's resource usage and SASS, with the tools that come with triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.cubin"
+        file.write_bytes(cubin)
+        run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
+        usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", str(file))
+        sass = run(str(tools / "nvdisasm"), "-c", "-plr", str(file))
+    return usage, sass
+
+
+def cases(names: list[str] | None = None) -> list[AotCase]:
+    """The cases of all modules, or those whose name begins with one of `names`."""
+    every = [case for module in MODULES for case in importlib.import_module(module).aot_cases()]
+    return [case for case in every if not names or case.name.startswith(tuple(names))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of kernel names; default all")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results = [compile_case(case) for case in cases(args.names)]
+    if args.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    print("| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for r in results:
+        print(
+            f"| {r.name} | {r.registers} | {r.spill_bytes} | {r.shared_bytes / 1024:.1f} | {r.instructions} | {r.wgmma} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
