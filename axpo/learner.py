@@ -16,7 +16,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from axpo.distributed import all_reduce, gather_columns, world_size
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
 from axpo.tree import PackedBatch, concatenate
-from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput
+from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput, pack_projections
 from engine.processor import ImageInput
 from engine.weights import load_weights
 from kernels import tree_attention
@@ -215,7 +215,10 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     if config.vision is not None:
         fully_shard(model.model.visual, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    return model.to_empty(device=device)
+    model = model.to_empty(device=device)
+    if world_size() == 1:
+        pack_projections(model)  # an engine that aliases these parameters computes them fused
+    return model
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -86,6 +86,7 @@ def measure(run: Callable[[int], int], repeats: int) -> dict[str, float]:
 def ours(llm: LLM, conversation: Conversation, prompts: Prompts, args: argparse.Namespace) -> Callable[[int], int]:
     def run(seed: int) -> int:
         llm.runner.vision.clear()
+        llm.reset_prefix_cache()
         params = [
             SamplingParams(
                 n=args.rollouts,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.block_pool import BlockPool
 from engine.memory import KVCache
-from engine.models import ModelConfig, Qwen3VL
+from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import ImageInput, Processor
 from engine.runner import Runner
@@ -34,7 +34,8 @@ class LLM:
         dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
         kv_cache_bytes: size of the KV cache; blocks of `block_size` tokens are cut from it.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
+        enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
         seed: keys the noise of requests that bring no seed of their own.
     """
 
@@ -49,6 +50,7 @@ class LLM:
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
         vision_cache_bytes: int = 1 << 28,
+        enable_prefix_caching: bool = True,
         seed: int = 0,
     ):
         self.path = Path(path)
@@ -58,19 +60,19 @@ class LLM:
         with torch.device("meta"):
             model = Qwen3VL(self.config)
         self.model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
+        pack_projections(self.model)
+        fuse_projections(self.model)
         load_weights(self.model, path)
         self.kv = KVCache(self.config.text, kv_cache_bytes, block_size, dtype, self.device)
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}
-        self.scheduler = Scheduler(
-            self.pool, max_batch_tokens, max_num_seqs, lambda: list(self.sequences.values()), self.kv.copy
-        )
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
         self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes)
         self.eos_token_ids = _eos_token_ids(self.path)
         self.weight_version = 0
         self._seed = seed
         self._requests = itertools.count()
-        self._by_sequence: dict[int, Request] = {}
+        self._ordinals = itertools.count()
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
 
     @cached_property
@@ -118,25 +120,33 @@ class LLM:
         if not self.scheduler.has_work:
             return []
         chunks = self.scheduler.schedule()
+        batch = self.scheduler.decoding
         for chunk in chunks:
-            self._counts["decode_tokens" if chunk.stop - chunk.start == 1 else "prefill_tokens"] += (
-                chunk.stop - chunk.start
-            )
-        sampled = self.runner.step(chunks)
+            self._counts["decode_tokens" if not chunk.writes else "prefill_tokens"] += chunk.stop - chunk.start
+        self._counts["decode_tokens"] += len(batch)
         self._counts["steps"] += 1
-        finished = [chunk.request for chunk in chunks if chunk.request.limit == chunk.request.start]
-        finished = [request for request in finished if request.pending == 0]
-        rows = zip(sampled.requests, sampled.tokens, sampled.logprobs, sampled.entropies, strict=True)
+        sampled = self.runner.step(batch, chunks)
+        for chunk in chunks:
+            self.scheduler.seal(chunk.request.sequence, chunk.start // self.pool.block_size)
+        finished = {chunk.request for chunk in chunks if not chunk.request.samples and chunk.request.pending == 0}
+        rows = zip(
+            batch.requests + sampled.requests, sampled.tokens.tolist(), sampled.logprobs, sampled.entropies, strict=True
+        )
         for request, token, logprob, entropy in rows:
-            request.sequence.token_ids.append(token)
+            token_ids = request.sequence.token_ids
+            request.sequence.num_computed = len(token_ids)
+            token_ids.append(token)
             request.logprobs.append(logprob)
             request.entropies.append(entropy)
-            if token in request.stop_ids or len(request.sequence) >= request.limit:
-                finished.append(request)
-        for request in finished:
-            self.scheduler.remove(request)
-            del self._by_sequence[id(request.sequence)]
-        return [(request.sequence, self._output(request)) for request in finished]
+            if token in request.stop_ids or len(token_ids) >= request.limit:
+                finished.add(request)
+        batch.advance(sampled.tokens[: len(batch)])
+        self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
+        if not finished:
+            return []
+        self.scheduler.remove(finished)
+        in_order = sorted(finished, key=lambda request: request.arrival)
+        return [(request.sequence, self._output(request)) for request in in_order]
 
     def run(
         self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
@@ -152,9 +162,8 @@ class LLM:
 
     def abort(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch; its tokens so far stay."""
-        request = self._by_sequence.pop(id(sequence), None)
-        if request is not None:
-            self.scheduler.remove(request)
+        if sequence.request is not None:
+            self.scheduler.remove({sequence.request})
 
     # -- vLLM's interface ---------------------------------------------------------------
 
@@ -222,6 +231,7 @@ class LLM:
             raise RuntimeError("sleep while sequences run; let them finish or abort them first")
         for sequence in self.sequences.values():
             sequence.drop_kv()
+        self.reset_prefix_cache()
         self.kv.sleep()
 
     def wake_up(self) -> None:
@@ -232,9 +242,15 @@ class LLM:
         if self.scheduler.has_work:
             raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
         self.weight_version += 1
+        fuse_projections(self.model)  # parameters may have been pointed at the trainer's storage
         self.runner.vision.clear()
+        self.reset_prefix_cache()
         for sequence in self.sequences.values():
             sequence.drop_kv()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
+        self.pool.reset_cache()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now."""
@@ -253,6 +269,9 @@ class LLM:
         }
 
     # -- shared by the above and by Sequence --------------------------------------------
+
+    def next_ordinal(self) -> int:
+        return next(self._ordinals)
 
     def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
         return [
@@ -277,9 +296,7 @@ class LLM:
             raise RuntimeError("the sequence is running already")
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        request = Request(sequence, params, seed, len(sequence), limit, stop, index)
-        self._by_sequence[id(sequence)] = request
-        self.scheduler.add(request)
+        self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, index))
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick

@@ -1,29 +1,48 @@
-"""One step on the device: scheduled chunks → packed batch → model → sampler."""
+"""One step on the device: decoding rows and scheduled chunks → packed batch → model → sampler."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.attention import PagedAttention
+from engine.batch import DecodeBatch
 from engine.memory import KVCache
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.processor import ImageInput
 from engine.scheduler import Chunk, Request
-from kernels import sample
+from kernels import can_run_layers, sample
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One new token of each of `requests`: token [B] int64, logprob and entropy [B] fp32, as Python lists."""
+    """A new token of every decoding row, then of each of `requests`: token int64, logprob and entropy fp32, all [B]."""
 
     requests: list[Request]
-    tokens: list[int]
+    tokens: npt.NDArray[np.int64]
     logprobs: list[float]
     entropies: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A step's packed tokens: the decoding rows, one token each, then the chunks.
+
+    token_ids [T], position_ids [3, T], slots [W] int64; writes: the W rows whose KV is new, or None when all are;
+    tables [S, columns], cu_seqlens [S + 1], context_lens [S] int32.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    writes: npt.NDArray[np.int64] | None
+    tables: npt.NDArray[np.int32]
+    cu_seqlens: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
 
 
 class Runner:
@@ -35,70 +54,67 @@ class Runner:
         self.vision = VisionCache(model, vision_cache_bytes)
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
         self._scale = model.config.text.head_dim**-0.5
+        self._whole_layers = can_run_layers(kv.layer(0)[0])
 
     @torch.inference_mode()
-    def step(self, chunks: list[Chunk]) -> Sampled:
-        """Computes the chunks' tokens and samples a token for every request that is complete and wants one."""
-        token_ids: list[int] = []
-        index, rope, context, slots, writes, row = [], [], [], [], [], 0
-        last_rows: list[int] = []
-        samplers: list[Request] = []
-        size = self.block_size
-        for chunk in chunks:
-            sequence, start, stop = chunk.request.sequence, chunk.start, chunk.stop
-            token_ids.extend(sequence.token_ids[start:stop])
-            if stop - start == 1 and (not sequence.spans or start >= sequence.spans[-1].stop):
-                # Decode: all three axes are the token's own position.
-                index.append(start + (sequence.spans[-1].delta if sequence.spans else 0))
-            else:
-                rope.append((row, positions(sequence.spans, start, stop)))
-                index.extend([0] * (stop - start))
-            context.append(stop)
-            if chunk.writes:
-                table = sequence.block_table
-                slots.extend(table[at // size] * size + at % size for at in range(start, stop))
-                writes.extend(range(row, row + stop - start))
-            row += stop - start
-            if stop == len(sequence) and chunk.request.limit > stop:
-                last_rows.append(row - 1)
-                samplers.append(chunk.request)
-        position_ids = np.tile(np.asarray(index, dtype=np.int64), (3, 1))
-        for at, block in rope:
-            position_ids[:, at : at + block.shape[1]] = block
-        hidden = self.model(
-            self._tensor(token_ids),
-            self._tensor(position_ids),
-            self._attention(chunks, context, slots, writes if len(writes) < row else None),
-            self._vision(chunks),
-        )
+    def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
+        """Computes the rows' and the chunks' tokens and samples a token for all that are complete and want one."""
+        computed = [chunk for chunk in chunks if chunk.stop > chunk.start]
+        hidden = None
+        if len(batch) or computed:
+            packed = pack(batch, computed, self.block_size)
+            attention = PagedAttention(
+                self.kv,
+                self._tensor(packed.tables),
+                self._tensor(packed.cu_seqlens),
+                self._tensor(packed.context_lens),
+                self._tensor(packed.slots),
+                None if packed.writes is None else self._tensor(packed.writes),
+                self._scale,
+                self._whole_layers,
+            )
+            hidden = self.model(
+                self._tensor(packed.token_ids),
+                self._tensor(packed.position_ids),
+                attention,
+                self._vision(computed, len(batch)),
+            )
+        rows, requests = self._last_rows(hidden, computed, len(batch))
         for chunk in chunks:
             chunk.request.sequence.num_computed = chunk.stop
-        return self._sample(hidden, last_rows, samplers)
+            if chunk.start == chunk.stop and chunk.request.samples:
+                assert chunk.request.sequence.last_hidden is not None
+                rows.append(chunk.request.sequence.last_hidden[None])
+                requests.append(chunk.request)
+        return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
 
-    def _attention(
-        self, chunks: list[Chunk], context: list[int], slots: list[int], writes: list[int] | None
-    ) -> PagedAttention:
-        tables = [chunk.request.sequence.block_table for chunk in chunks]
-        block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
-        for table, out in zip(tables, block_tables, strict=True):
-            out[: len(table)] = table
-        cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
-        np.cumsum([chunk.stop - chunk.start for chunk in chunks], out=cu_seqlens[1:])
-        return PagedAttention(
-            self.kv,
-            self._tensor(block_tables),
-            self._tensor(cu_seqlens),
-            self._tensor(np.asarray(context, dtype=np.int32)),
-            self._tensor(slots),
-            None if writes is None else self._tensor(writes),
-            self._scale,
-        )
+    def _last_rows(self, hidden: Tensor | None, chunks: list[Chunk], row: int) -> tuple[list[Tensor], list[Request]]:
+        """The hidden rows to sample from: all decoding rows, and the last row of each chunk that ends its sequence.
 
-    def _vision(self, chunks: list[Chunk]) -> VisionInput | None:
+        A request that only prefills leaves its last row with the sequence.
+        """
+        if hidden is None:
+            return [], []
+        last, requests, decoding = [], [], row
+        for chunk in chunks:
+            row += chunk.stop - chunk.start
+            sequence = chunk.request.sequence
+            if chunk.stop == len(sequence):
+                if chunk.request.samples:
+                    last.append(row - 1)
+                    requests.append(chunk.request)
+                else:
+                    sequence.last_hidden = hidden[row - 1].clone()
+        if not last:
+            return [hidden[:decoding]] if decoding else [], requests
+        if decoding + len(last) == len(hidden):
+            return [hidden], requests
+        return [hidden[self._tensor(np.concatenate([np.arange(decoding), last]))]], requests
+
+    def _vision(self, chunks: list[Chunk], row: int) -> VisionInput | None:
         """The rows of the images' features that fall into the chunks, and where they go in the packed batch."""
         wanted: list[tuple[ImageInput, int, int]] = []
         where: list[np.ndarray] = []
-        row = 0
         for chunk in chunks:
             sequence, start, stop = chunk.request.sequence, chunk.start, chunk.stop
             if sequence.spans and start < sequence.spans[-1].stop:
@@ -114,26 +130,64 @@ class Runner:
         parts = [features[image.key].rows(lo, hi) for image, lo, hi in wanted]
         return VisionInput(None, None, self._tensor(np.concatenate(where)), VisionFeatures.cat(parts))
 
-    def _sample(self, hidden: Tensor, rows: list[int], requests: list[Request]) -> Sampled:
-        if not requests:
-            return Sampled([], [], [], [])
-        logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[self._tensor(rows)])
-        params = [request.params for request in requests]
+    def _sample(self, hidden: Tensor, batch: DecodeBatch, requests: list[Request]) -> Sampled:
+        seeds, noise_positions, temperature = batch.seed, batch.position + 1, batch.temperature
+        top_k, top_p = batch.top_k, batch.top_p
+        if requests:
+            params = [request.params for request in requests]
+            seeds = np.append(seeds, [request.seed for request in requests])
+            noise_positions = np.append(noise_positions, [len(request.sequence) for request in requests])
+            temperature = np.append(temperature, np.float32([p.temperature for p in params]))
+            top_k = np.append(top_k, [p.top_k for p in params])
+            top_p = np.append(top_p, np.float32([p.top_p for p in params]))
         tokens, logprobs, entropies = sample(
-            logits,
-            self._tensor([request.seed for request in requests]),
-            self._tensor([len(request.sequence) for request in requests]),
-            self._tensor([p.temperature for p in params], torch.float32),
-            self._tensor([p.top_k for p in params]),
-            self._tensor([p.top_p for p in params], torch.float32),
+            self.model.logits(hidden),
+            *map(self._tensor, (seeds, noise_positions, temperature, top_k, top_p)),
             self._banned,
         )
-        return Sampled(requests, tokens.tolist(), logprobs.tolist(), entropies.tolist())
+        return Sampled(requests, tokens.cpu().numpy(), logprobs.tolist(), entropies.tolist())
 
-    def _tensor(self, values: list | np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-        if isinstance(values, np.ndarray):
-            return torch.from_numpy(values).to(self.device)
-        return torch.tensor(values, dtype=dtype or torch.int64, device=self.device)
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+NOTHING = Sampled([], np.empty(0, dtype=np.int64), [], [])
+
+
+def pack(batch: DecodeBatch, chunks: list[Chunk], block_size: int) -> Packed:
+    """Lays out a step. Without chunks it is a few array operations, however many rows there are."""
+    n = len(batch)
+    rope = np.tile(batch.position + batch.delta, (3, 1))
+    tables, slots = batch.tables(), batch.slots()
+    context_lens = (batch.position + 1).astype(np.int32)
+    if not chunks:
+        return Packed(batch.token, rope, slots, None, tables, np.arange(n + 1, dtype=np.int32), context_lens)
+    token_ids, ropes, more_slots, writes, row = [], [rope], [], list(range(n)), n
+    for chunk in chunks:
+        sequence, start, stop = chunk.request.sequence, chunk.start, chunk.stop
+        token_ids.extend(sequence.token_ids[start:stop])
+        ropes.append(positions(sequence.spans, start, stop))
+        if chunk.writes:
+            block, offset = np.divmod(np.arange(start, stop), block_size)
+            more_slots.append(np.asarray(sequence.block_table)[block] * block_size + offset)
+            writes.extend(range(row, row + stop - start))
+        row += stop - start
+    width = max(tables.shape[1] if n else 0, *(len(chunk.request.sequence.block_table) for chunk in chunks))
+    all_tables = np.zeros((n + len(chunks), width), dtype=np.int32)
+    all_tables[:n, : tables.shape[1]] = tables
+    for out, chunk in zip(all_tables[n:], chunks, strict=True):
+        table = chunk.request.sequence.block_table
+        out[: len(table)] = table
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    return Packed(
+        np.concatenate([batch.token, token_ids]),
+        np.concatenate(ropes, axis=1),
+        np.concatenate([slots, *more_slots]),
+        None if len(writes) == row else np.asarray(writes, dtype=np.int64),
+        all_tables,
+        np.cumsum([0] + [1] * n + lengths, dtype=np.int32),
+        np.append(context_lens, [chunk.stop for chunk in chunks]).astype(np.int32),
+    )
 
 
 class VisionCache:

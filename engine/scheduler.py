@@ -1,12 +1,16 @@
 """Continuous batching: every live sequence has pending tokens, and a step computes some of them."""
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
+from engine.batch import DecodeBatch
 from engine.block_pool import BlockCopy, BlockPool, OutOfBlocks
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+
+WATERMARK = 0.01  # of the blocks: kept free when a request is admitted, so that those that run can grow
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +27,7 @@ class Request:
     limit: int
     stop_ids: frozenset[int]
     index: int = 0
-    running: bool = False
+    arrival: int = -1
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
 
@@ -32,12 +36,17 @@ class Request:
         """Tokens without KV. 0 after a fork from computed KV: then the last token's query runs, nothing is written."""
         return len(self.sequence.token_ids) - self.sequence.num_computed
 
+    @property
+    def samples(self) -> bool:
+        return self.limit > self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The tokens start … stop-1 of a request's sequence, computed in this step.
 
-    With `writes` False it is the last token alone, whose KV is there: its query is wanted, to sample what follows.
+    With `writes` False it is the last token alone, whose KV is there: its query is wanted, to sample what follows. An
+    empty chunk computes nothing: what follows is sampled from the sequence's `last_hidden`.
     """
 
     request: Request
@@ -47,10 +56,11 @@ class Chunk:
 
 
 class Scheduler:
-    """Decodes first, then prefill in chunks, up to `max_batch_tokens` a step and `max_num_seqs` running.
+    """All decodes, then prefill in chunks, up to `max_batch_tokens` a step and `max_num_seqs` running.
 
-    When blocks run out, idle sequences lose their KV first and then the latest running request goes back to the queue;
-    both are computed again later (recompute), so no token is lost.
+    A request waits, then computes chunks (`prefilling`), then one token a step (`decoding`). When blocks run out, idle
+    sequences lose their KV first, the longest idle before others, then the latest running request goes back to the
+    queue; leaves go before sequences whose blocks their forks hold. All is computed again later, so no token is lost.
     """
 
     def __init__(
@@ -58,16 +68,21 @@ class Scheduler:
         pool: BlockPool,
         max_batch_tokens: int,
         max_num_seqs: int,
-        open_sequences: Callable[[], Iterable[Sequence]],
         copy_blocks: Callable[[list[BlockCopy]], None],
+        prefix_caching: bool = True,
     ):
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
+        self.prefix_caching = prefix_caching
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: dict[Request, None] = {}  # in the order of admission
+        self.prefilling: dict[Request, None] = {}
+        self.decoding = DecodeBatch(64, pool.block_size)
+        self.idle: dict[int, Sequence] = {}  # hold KV and do not run, the longest idle first
         self.preemptions = 0
-        self._open_sequences = open_sequences
+        self._arrivals = itertools.count()
+        self._watermark = int(pool.num_blocks * WATERMARK)
         self._copy_blocks = copy_blocks
         self._copies: list[BlockCopy] = []
 
@@ -76,86 +91,157 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        request.sequence.running = True
+        self.unpark(request.sequence)
+        request.sequence.request = request
+        request.arrival = next(self._arrivals)
         self.waiting.append(request)
 
-    def remove(self, request: Request) -> None:
-        """Takes a finished or aborted request out."""
-        request.sequence.running = False
-        (self.running if request.running else self.waiting).remove(request)
+    def remove(self, requests: Set[Request]) -> None:
+        """Takes finished or aborted requests out; their sequences keep their KV."""
+        for request in requests:
+            if request in self.running:
+                del self.running[request]
+                self.prefilling.pop(request, None)
+            else:
+                self.waiting.remove(request)
+            sequence = request.sequence
+            sequence.request = None
+            self.seal(sequence, sequence.num_computed // self.pool.block_size - 1)
+            if sequence.block_table:
+                self.park(sequence)
+        self.decoding.remove(requests)
+
+    def start_decoding(self, requests: Iterable[Request]) -> None:
+        """Requests that have sampled their first token compute one token a step from now on."""
+        requests = list(requests)
+        for request in requests:
+            del self.prefilling[request]
+        if requests:
+            self.decoding.add(requests)
+
+    def park(self, sequence: Sequence) -> None:
+        self.idle[id(sequence)] = sequence
+
+    def unpark(self, sequence: Sequence) -> None:
+        self.idle.pop(id(sequence), None)
+
+    def tail_is_shared(self, request: Request) -> None:
+        """A running sequence was forked: its next write may need a copy of the block."""
+        if request in self.running and request not in self.prefilling:
+            self.decoding.mark_shared(request)
+
+    def seal(self, sequence: Sequence, first: int) -> None:
+        """Lets others find the sequence's full blocks from number `first` on."""
+        if self.prefix_caching:
+            for index in range(max(first, 0), sequence.num_computed // self.pool.block_size):
+                self.pool.seal(sequence.block_table[index], sequence.block_hash(index))
 
     def schedule(self) -> list[Chunk]:
-        """Chooses the step's chunks and gives them blocks; tail blocks are copied before it returns.
+        """Gives every decoding row its block and chooses the step's chunks; shared tails are copied before it returns.
 
         Raises:
             OutOfBlocks: one sequence alone does not fit the KV cache.
         """
-        budget = self.max_batch_tokens
+        self._reserve_decoding()
+        budget = self.max_batch_tokens - len(self.decoding)
         chunks: list[Chunk] = []
-        for request in sorted(self.running, key=lambda request: request.pending > 1):
-            if budget and request.running:  # an earlier one may have preempted it
-                budget -= self._admit(request, budget, chunks)
+        for request in list(self.prefilling):
+            if budget and request in self.running:  # an earlier one may have preempted it
+                budget -= self._add_chunk(request, budget, chunks)
         preempted = self.preemptions
         while self.waiting and budget and len(self.running) < self.max_num_seqs and self.preemptions == preempted:
             request = self.waiting[0]
-            if chunks and self._missing_blocks(request.sequence, min(request.pending, budget)) > self.pool.num_free:
+            if not request.sequence.block_table and self.prefix_caching:
+                request.sequence.take_cached()
+            missing = self._missing_blocks(request.sequence, min(request.pending, budget))
+            if self.running and missing + self._watermark > self.pool.num_free:
                 break  # those that run will finish and give blocks back
-            self.running.append(self.waiting.popleft())
-            request.running = True
-            budget -= self._admit(request, budget, chunks)
+            self.waiting.popleft()
+            self.running[request] = self.prefilling[request] = None
+            budget -= self._add_chunk(request, budget, chunks)
         self._flush()
         return chunks
 
-    def _admit(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
-        count = min(request.pending, budget)
-        while True:
-            try:
-                self._reserve(request.sequence, count)
-                break
-            except OutOfBlocks as error:
-                if self._make_room(request, chunks):
-                    continue
-                if not chunks:
-                    length = len(request.sequence)
-                    raise OutOfBlocks(f"a sequence of {length} tokens does not fit the KV cache: {error}") from error
-                self._preempt(request)  # the others go on, and make room when they end
-                return 0
-        start = request.sequence.num_computed
-        chunks.append(Chunk(request, start, start + count) if count else Chunk(request, start - 1, start, writes=False))
+    def _reserve_decoding(self) -> None:
+        batch, preempted = self.decoding, self.preemptions
+        rows = batch.rows_to_reserve()
+        for row, request in zip(rows, [batch.requests[row] for row in rows], strict=True):
+            if request not in self.running:
+                continue  # preempted for one before it
+            self.seal(request.sequence, request.sequence.num_computed // self.pool.block_size - 1)
+            if self._reserve(request, 1, set()):
+                batch.reserved(row if self.preemptions == preempted else batch.requests.index(request))
+            elif len(self.running) > 1 or self.waiting:
+                self._preempt(request)
+            else:
+                self._fail(request)
+
+    def _add_chunk(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
+        sequence, count = request.sequence, min(request.pending, budget)
+        if not self._reserve(request, count, {chunk.request for chunk in chunks}):
+            if not chunks and not len(self.decoding):
+                self._fail(request)
+            self._preempt(request)  # the others go on, and make room when they end
+            return 0
+        start = sequence.num_computed
+        if count == 0 and (sequence.last_hidden is not None or not request.samples):
+            chunks.append(Chunk(request, start, start))
+        elif count == 0:
+            chunks.append(Chunk(request, start - 1, start, writes=False))
+        else:
+            chunks.append(Chunk(request, start, start + count))
         return max(count, 1)
 
-    def _reserve(self, sequence: Sequence, count: int) -> None:
-        if count == 0:
-            return
-        copy = self.pool.writable(sequence.block_table, sequence.num_computed)
-        if copy is not None:
-            self._copies.append(copy)
-        for _ in range(-(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.block_table)):
-            sequence.block_table.append(self.pool.allocate())
+    def _reserve(self, request: Request, count: int, scheduled: set[Request]) -> bool:
+        """Blocks of its own for the sequence's next `count` tokens, at others' expense if need be."""
+        sequence = request.sequence
+        while count:
+            try:
+                copy = self.pool.writable(sequence.block_table, sequence.num_computed)
+                if copy is not None:
+                    self._copies.append(copy)
+                for _ in range(self._missing_blocks(sequence, count)):
+                    sequence.block_table.append(self.pool.allocate())
+                return True
+            except OutOfBlocks:
+                if not self._make_room(request, scheduled):
+                    return False
+        return True
 
     def _missing_blocks(self, sequence: Sequence, count: int) -> int:
-        return -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.block_table) + 1
+        return -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.block_table)
 
-    def _make_room(self, request: Request, chunks: list[Chunk]) -> bool:
-        """Drops the KV of somebody who has no part in this step. False when nobody is left."""
+    def _make_room(self, request: Request, scheduled: set[Request]) -> bool:
+        """Drops the KV of somebody who has no chunk in this step. False when nobody is left."""
         self._flush()  # a block about to be freed may be the source of a copy
-        for sequence in self._open_sequences():
-            if not sequence.running and sequence.block_table:
-                sequence.drop_kv()
+        if self.idle:
+            leaves = (sequence for sequence in self.idle.values() if sequence.num_children == 0)
+            next(leaves, next(iter(self.idle.values()))).drop_kv()
+            return True
+        for waiting in reversed(self.waiting):
+            if waiting.sequence.block_table:
+                waiting.sequence.drop_kv()
                 return True
-        scheduled = {id(chunk.request) for chunk in chunks}
-        for victim in reversed(self.running):
-            if victim is not request and id(victim) not in scheduled:
-                self._preempt(victim)
-                return True
-        return False
+        victims = [r for r in reversed(self.running) if r is not request and r not in scheduled]
+        if not victims:
+            return False
+        self._preempt(next((r for r in victims if r.sequence.num_children == 0), victims[0]))
+        return True
 
     def _preempt(self, request: Request) -> None:
         request.sequence.drop_kv()
-        self.running.remove(request)
-        request.running = False
+        del self.running[request]
+        self.prefilling.pop(request, None)
+        self.decoding.remove({request})
         self.waiting.appendleft(request)
         self.preemptions += 1
+
+    def _fail(self, request: Request) -> None:
+        length = len(request.sequence)
+        raise OutOfBlocks(
+            f"a sequence of {length} tokens does not fit the KV cache of {self.pool.num_blocks} blocks of "
+            f"{self.pool.block_size} tokens; raise kv_cache_bytes"
+        )
 
     def _flush(self) -> None:
         if self._copies:

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import weakref
+from array import array
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from torch import Tensor
 
+from engine.block_pool import chain_hash
 from engine.positions import ImageSpan, place_image
 from engine.processor import ImageInput
 
 if TYPE_CHECKING:
     from engine.llm import LLM
+    from engine.scheduler import Request
 
 
 class Sequence:
     """Made by `LLM.open` and `fork`; a context manager that closes.
 
     `num_computed` tokens have their KV in `block_table`; the rest is pending and is computed by the next run, so
-    prompt, observation and last sampled token are one case.
+    prompt, observation and last sampled token are one case. `last_hidden` [H] is the final hidden state of the last
+    token where it is known, so that a fork at the end samples without computing anything.
     """
 
-    def __init__(self, llm: LLM, token_ids: list[int], images: list[ImageInput], spans: list[ImageSpan]):
+    def __init__(
+        self,
+        llm: LLM,
+        token_ids: list[int],
+        images: list[ImageInput],
+        spans: list[ImageSpan],
+        parent: Sequence | None = None,
+    ):
         self.token_ids = token_ids
         self.images = images
         self.spans = spans
         self.num_computed = 0
+        self.num_cached = 0
         self.block_table: list[int] = []
-        self.running = False
+        self.last_hidden: Tensor | None = None
+        self.request: Request | None = None
         self.closed = False
+        self.num_children = 0
+        # Sorting by path puts siblings side by side, the same way in every process.
+        self.path: tuple[int, ...] = (*(parent.path if parent else ()), llm.next_ordinal())
+        self._parent = weakref.ref(parent) if parent else None
+        self._hashes: list[bytes] = []  # of the leading full blocks, as far as anybody asked
+        self._hash_root = b""
         self._llm = llm
         llm.sequences[id(self)] = self
 
@@ -40,6 +61,10 @@ class Sequence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def running(self) -> bool:
+        return self.request is not None
 
     def extend(self, token_ids: Seq[int] = (), images: Seq[Image.Image | ImageInput] = ()) -> None:
         """Appends an observation: tokens with one image placeholder (or all of them) an image. Computes nothing yet.
@@ -64,6 +89,8 @@ class Sequence:
         self.token_ids.extend(tokens)
         self.images.extend(inputs)
         self.spans = spans
+        if tokens:
+            self.last_hidden = None
 
     def fork(self, n: int = 1, at: int | None = None) -> list[Sequence]:
         """`n` sequences that begin with the first `at` tokens (default: all) and share their computed KV.
@@ -85,21 +112,31 @@ class Sequence:
                 )
         kept = sum(span.stop <= at for span in self.spans)
         computed = min(at, self.num_computed)
-        blocks = self.block_table[: -(-computed // self._llm.pool.block_size)]
+        size = self._llm.pool.block_size
+        blocks = self.block_table[: -(-computed // size)]
+        if n > 0 and self.request is not None:
+            self._llm.scheduler.tail_is_shared(self.request)
         children = []
         for _ in range(n):
-            child = Sequence(self._llm, self.token_ids[:at], self.images[:kept], self.spans[:kept])
+            child = Sequence(self._llm, self.token_ids[:at], self.images[:kept], self.spans[:kept], self)
             self._llm.pool.share(blocks)
             child.block_table = list(blocks)
             child.num_computed = computed
+            child.last_hidden = self.last_hidden if at == len(self) else None
+            child._hashes, child._hash_root = self._hashes[: at // size], self._hash_root
+            if blocks:
+                self._llm.scheduler.park(child)
             children.append(child)
+        self.num_children += n
         return children
 
     def drop_kv(self) -> None:
         """Gives the blocks back; the tokens stay and are computed again when the sequence next runs."""
+        self._llm.scheduler.unpark(self)
         self._llm.pool.release(self.block_table)
         self.block_table = []
         self.num_computed = 0
+        self.last_hidden = None
 
     def close(self) -> None:
         """Gives the blocks back for good; aborts a run in flight. Closing twice is fine."""
@@ -110,7 +147,37 @@ class Sequence:
         self.drop_kv()
         self.closed = True
         del self._llm.sequences[id(self)]
+        parent = self._parent() if self._parent else None
+        if parent is not None:
+            parent.num_children -= 1
 
     def check_open(self) -> None:
         if self.closed:
             raise RuntimeError("the sequence is closed; open or fork a new one")
+
+    # -- prefix cache --------------------------------------------------------------------
+
+    def block_hash(self, index: int) -> bytes:
+        """What full block `index` holds and all before it: its tokens, and of its image tokens the image and place."""
+        pool = self._llm.pool
+        if self._hash_root != pool.root:
+            self._hashes, self._hash_root = [], pool.root
+        size = pool.block_size
+        while len(self._hashes) <= index:
+            start = len(self._hashes) * size
+            content = array("q", self.token_ids[start : start + size]).tobytes()
+            for span, image in zip(self.spans, self.images, strict=True):
+                if span.start < start + size and start < span.stop:
+                    content += image.key + (start - span.start).to_bytes(8, "little", signed=True)
+            self._hashes.append(chain_hash(self._hashes[-1] if self._hashes else pool.root, content))
+        return self._hashes[index]
+
+    def take_cached(self) -> None:
+        """Begins with the blocks of the same tokens that somebody computed before, if there are any."""
+        pool = self._llm.pool
+        while (len(self.block_table) + 1) * pool.block_size <= len(self.token_ids):
+            block = pool.share_cached(self.block_hash(len(self.block_table)))
+            if block is None:
+                break
+            self.block_table.append(block)
+        self.num_computed = self.num_cached = len(self.block_table) * pool.block_size

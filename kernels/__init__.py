@@ -1,6 +1,7 @@
 """Operations of the engine and the trainer: each a plain-torch reference beside its compiled form."""
 
 from kernels import _claim  # noqa: F401  before anything can import transformers
+from kernels.decoder_layer import can_run_layers, decoder_layer
 from kernels.kv_cache import copy_blocks, write_kv
 from kernels.linear_logprob_entropy import linear_logprob_entropy
 from kernels.paged_attention import paged_attention
@@ -12,7 +13,9 @@ from kernels.tree_attention import tree_attention
 
 __all__ = [
     "add_rmsnorm",
+    "can_run_layers",
     "copy_blocks",
+    "decoder_layer",
     "linear_logprob_entropy",
     "paged_attention",
     "rmsnorm",

@@ -1,7 +1,18 @@
 """The models that the engine serves and the trainer trains: one definition, two attentions."""
 
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
+from engine.models.fused import fuse_projections, pack_projections
 from engine.models.qwen3_vl import Predict, Qwen3VL
 from engine.models.vision import VisionFeatures, VisionInput
 
-__all__ = ["ModelConfig", "Predict", "Qwen3VL", "TextConfig", "VisionConfig", "VisionFeatures", "VisionInput"]
+__all__ = [
+    "ModelConfig",
+    "Predict",
+    "Qwen3VL",
+    "TextConfig",
+    "VisionConfig",
+    "VisionFeatures",
+    "VisionInput",
+    "fuse_projections",
+    "pack_projections",
+]

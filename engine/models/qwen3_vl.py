@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from kernels import add_rmsnorm, linear_logprob_entropy, rmsnorm, rotary, swiglu
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; masking, scale and caching are its own matter."""
+
+
+Fused = tuple[Tensor, Tensor | None]
+"""(weight, bias) of several projections as one, over storage in which theirs lie one behind the other."""
+
+
+FusedLayer = tuple[list[Tensor], tuple[Tensor | None, Tensor | None], float]
+"""(weights, (qkv bias, o bias), eps) of a decoder layer, as `kernels.decoder_layer` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +122,19 @@ def mrope(position_ids: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
     Of the frequencies, numbers 1, 4, 7, … take the height and 2, 5, 8, … the width, as far as `mrope_section` reaches;
     all others take the time.
     """
-    half = config.head_dim // 2
-    device = position_ids.device
-    number = torch.arange(half, device=device)
-    height = (number % 3 == 1) & (number < 3 * config.mrope_section[1])
-    width = (number % 3 == 2) & (number < 3 * config.mrope_section[2])
-    axis = height.long() + 2 * width.long()
-    frequencies = config.rope_theta ** (-number.float() / half)
+    axis, frequencies = _mrope_table(config, position_ids.device)
     angles = position_ids.float()[axis].T * frequencies
     return angles.cos(), angles.sin()
+
+
+@cache
+def _mrope_table(config: TextConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The axis (0 time, 1 height, 2 width) of each rotary frequency, and the frequency: both [D / 2]."""
+    with torch.inference_mode(False):  # also training reads them
+        number = torch.arange(config.head_dim // 2, device=device)
+        height = (number % 3 == 1) & (number < 3 * config.mrope_section[1])
+        width = (number % 3 == 2) & (number < 3 * config.mrope_section[2])
+        return height.long() + 2 * width.long(), config.rope_theta ** (-number.float() / (config.head_dim // 2))
 
 
 class RMSNorm(nn.Module):
@@ -145,11 +158,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.index = index
+        self.fused: FusedLayer | None = None
 
     def forward(
         self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, attention: Attention
     ) -> tuple[Tensor, Tensor]:
         """The layer's input is x + residual, and so is its output: the sum is formed inside the next norm."""
+        if self.fused is not None and getattr(attention, "whole_layers", False):
+            return attention.layer(self.index, x, residual, cos, sin, *self.fused)  # type: ignore[attr-defined]
         x, residual = self.input_layernorm.add(x, residual)
         x, residual = self.post_attention_layernorm.add(self.self_attn(x, cos, sin, attention), residual)
         return self.mlp(x), residual
@@ -167,13 +184,16 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.fused: Fused | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         tokens = x.shape[0]
-        q = self.q_norm(self.q_proj(x).view(tokens, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(tokens, -1, self.head_dim))
-        v = self.v_proj(x).view(tokens, -1, self.head_dim)
-        q, k = rotary(q, k, cos, sin)
+        if self.fused is None:
+            q, k, v = (proj(x).view(tokens, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            q, k, v = F.linear(x, *self.fused).view(tokens, -1, self.head_dim).split(self.heads, dim=1)
+        q, k = rotary(self.q_norm(q), self.k_norm(k), cos, sin)
         return self.o_proj(attention(self.index, q, k, v).reshape(tokens, -1))
 
 
@@ -184,5 +204,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+        self.fused: Fused | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        if self.fused is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, *self.fused).chunk(2, dim=1)
+        return self.down_proj(swiglu(gate, up))

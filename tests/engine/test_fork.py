@@ -40,6 +40,7 @@ def observation(rng: random.Random, picture: ImageInput) -> tuple[list[int], lis
 
 def check_against_fresh_run(llm: LLM, sequence: Sequence, seed: int, max_tokens: int) -> None:
     """Runs `sequence` and a fresh one opened with the same tokens: same tokens, same log-probs, same entropies."""
+    llm.reset_prefix_cache()  # the fresh run computes everything itself
     fresh = llm.open(
         {"prompt_token_ids": list(sequence.token_ids), "multi_modal_data": {"image": list(sequence.images)}}
     )

@@ -41,6 +41,7 @@ def reference_inputs(tokens: list[int], images: list[ImageInput]) -> dict[str, t
 def prefill_logits(llm: LLM, tokens: list[int], images: list[ImageInput]) -> torch.Tensor:
     """All positions' logits through the engine's own paged forward."""
     captured: list[torch.Tensor] = []
+    llm.reset_prefix_cache()
     hook = llm.model.register_forward_hook(lambda _m, _a, out: captured.append(out.clone()))
     with llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}) as sequence:
         llm.prefill([sequence])

@@ -1,0 +1,72 @@
+"""Projections of the same input computed as one: q, k, v and gate, up lie one behind the other in memory."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.qwen3_vl import MLP, Qwen3VL, SelfAttention
+
+
+def pack_projections(model: Qwen3VL) -> None:
+    """Moves the parameters of fused projections into shared storage, where `fuse_projections` finds them adjacent.
+
+    The parameters stay separate under their own names; only where they lie changes. Sharded parameters (DTensors) are
+    packed shard by shard, before FSDP's first forward.
+    """
+    for projections in _groups(model).values():
+        for name in ("weight", "bias"):
+            parameters = [getattr(projection, name) for projection in projections]
+            if parameters[0] is None:
+                continue
+            local = [getattr(parameter, "_local_tensor", parameter.data) for parameter in parameters]
+            parts = torch.cat([tensor.detach() for tensor in local]).split([len(tensor) for tensor in local])
+            for parameter, part in zip(parameters, parts, strict=True):
+                if hasattr(parameter, "_local_tensor"):
+                    parameter._local_tensor = part
+                else:
+                    parameter.data = part
+
+
+def fuse_projections(model: Qwen3VL) -> None:
+    """Lets `model` compute adjacent projections in one product; those that are not adjacent are computed one by one.
+
+    To be called again when parameters were pointed at other storage. For inference: gradients would not find their way
+    to the single parameters.
+    """
+    for module, projections in _groups(model).items():
+        weight = _adjacent([projection.weight for projection in projections])
+        biases = [projection.bias for projection in projections if projection.bias is not None]
+        bias = _adjacent(biases) if biases else None
+        module.fused = None if weight is None or (biases and bias is None) else (weight, bias)
+    for layer in model.model.language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if attention.fused is None or mlp.fused is None:
+            layer.fused = None
+            continue
+        (qkv, qkv_bias), o = attention.fused, attention.o_proj
+        norms = layer.input_layernorm, attention.q_norm, attention.k_norm, layer.post_attention_layernorm
+        first, q_norm, k_norm, second = (norm.weight.data for norm in norms)
+        weights = [first, qkv, q_norm, k_norm, o.weight.data, second, mlp.fused[0], mlp.down_proj.weight.data]
+        layer.fused = weights, (qkv_bias, None if o.bias is None else o.bias.data), layer.input_layernorm.eps
+
+
+def _groups(model: Qwen3VL) -> dict[SelfAttention | MLP, list[nn.Linear]]:
+    groups: dict[SelfAttention | MLP, list[nn.Linear]] = {}
+    for layer in model.model.language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert isinstance(attention, SelfAttention) and isinstance(mlp, MLP)
+        groups[attention] = [attention.q_proj, attention.k_proj, attention.v_proj]
+        groups[mlp] = [mlp.gate_proj, mlp.up_proj]
+    return groups
+
+
+def _adjacent(tensors: list[Tensor]) -> Tensor | None:
+    """One view over contiguous tensors that lie one behind the other in one storage, or None."""
+    first = tensors[0].data
+    at = first.data_ptr()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.data_ptr() == at):
+            return None
+        at += tensor.numel() * tensor.element_size()
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
