@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from axpo.tools import Tool, ToolResult
@@ -26,6 +26,8 @@ class Conversation:
         if len(ids) != 1:
             raise ValueError(f"{processor.path}: {_END_OF_TURN} is {len(ids)} tokens; turns must end in a single token")
         self.end_of_turn: int = ids[0]
+        # Most calls of a tool answer in the same words, and a template takes longer than a decode step.
+        self._observation = lru_cache(maxsize=256)(self._encode_observation)
 
     def prompt(self, messages: list[dict[str, Any]], images: Sequence[ImageInput]) -> list[int]:
         """Token ids of a question, its tools and the generation prompt."""
@@ -33,13 +35,15 @@ class Conversation:
 
     def observation(self, results: Sequence[ToolResult], images: Sequence[ImageInput]) -> list[int]:
         """Token ids of the tool responses that follow a turn's <|im_end|>, with the next generation prompt."""
-        return self.processor.encode(self.observation_text(results), images)
+        shapes = tuple((result.text, len(result.images)) for result in results)
+        return self.processor.expand(self._observation(shapes), images)
 
-    def observation_text(self, results: Sequence[ToolResult]) -> str:
-        responses = [{"role": "tool", "content": _content(result)} for result in results]
+    def _encode_observation(self, shapes: tuple[tuple[str, int], ...]) -> list[int]:
+        """Tool responses as (text, number of images) each, one placeholder an image."""
         turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}]
+        responses = [{"role": "tool", "content": _content(text, images)} for text, images in shapes]
         rendered = self.processor.render(turn + responses)
-        return rendered.partition(_TURN)[2].partition(_END_OF_TURN)[2]
+        return self.processor.encode_text(rendered.partition(_TURN)[2].partition(_END_OF_TURN)[2])
 
     @cached_property
     def thinks(self) -> bool:
@@ -56,7 +60,7 @@ class Conversation:
         return name not in self.tools or self.tools[name].inline
 
 
-def _content(result: ToolResult) -> list[dict[str, Any]]:
+def _content(text: str, images: int) -> list[dict[str, Any]]:
     # A tool may quote what the model wrote; a tag in letters must not become the token (an image without pixels, say).
-    text = [{"type": "text", "text": _MARKUP.sub("< ", result.text)}] if result.text else []
-    return text + [{"type": "image"} for _ in result.images]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": _MARKUP.sub("< ", text)}] if text else []
+    return parts + [{"type": "image"}] * images

@@ -16,8 +16,8 @@ from torch.distributed.tensor.experimental import implicit_replication
 from axpo.distributed import all_reduce, gather_columns, world_size
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
 from axpo.tree import PackedBatch, concatenate
+from engine.images import ImageInput
 from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput, pack_projections
-from engine.processor import ImageInput
 from engine.weights import load_weights
 from kernels import tree_attention
 

@@ -80,6 +80,7 @@ class Agent:
         self, step: int, questions: Sequence[tuple[int, Question]], size: int, limits: Limits
     ) -> list[list[Branch]]:
         """`size` rollouts of every (group number, question): the prompt is computed once and forked."""
+        self.llm.reset_prefix_cache()  # bits must not depend on what ran before: a resumed run has no such past
         groups = []
         roots = [self._open(question, limits) for _, question in questions]
         self.llm.prefill(roots)
@@ -214,6 +215,7 @@ class Agent:
             max_tokens=room,
             seed=branch.seed,
             stop_token_ids=(self.conversation.end_of_turn,),
+            detokenize=False,
         )
         self.llm.submit(branch.sequence, params)
 

@@ -1,10 +1,13 @@
 """Rollout tokens per second against transformers' `generate`, and where a training step's time goes.
 
-    python bench/rollout.py [--questions 32] [--rollouts 8] [--repeats 3] [--json FILE]
+    python bench/rollout.py [--questions 32] [--rollouts 8] [--turns 3] [--repeats 3] [--json FILE]
 
-Both sides get the same weights, dtype, threads, prompts with images, sampling (temperature 1), stop rules, and sample
-one turn for every rollout. Ours also returns log-prob and exact entropy of each token. transformers runs with each of
-the given batch sizes and its best one counts. Warm-up runs are not timed; the median of the repeats is.
+Both sides roll the same questions out to the end: up to `--turns` turns with the real tool between them, with the same
+weights, dtype, threads, prompts with images, sampling (temperature 1) and stop rules. Ours is the trainer's own agent
+loop, which also returns the log-prob and exact entropy of each token, parses and grades. transformers gets what its
+`generate` offers: `num_return_sequences` on the first turn, and on later turns the whole conversation of every rollout
+that called a tool, longest together. It runs with each of the given batch sizes and its best one counts. Warm-up runs
+are not timed; the median of the repeats is.
 """
 
 import argparse
@@ -15,21 +18,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from axpo.conversation import Conversation
 from axpo.metrics import table
 from axpo.paths import model_directory
-from axpo.tasks import get_task
-from axpo.tools import get_tools
-from engine import LLM, ImageInput, SamplingParams
+from axpo.rollout import Agent, Limits
+from axpo.tasks import Question, get_task
+from axpo.tools import ToolResult, get_tools
+from engine import LLM, ImageInput
 
-Prompts = list[tuple[list[int], list[ImageInput]]]
+MAX_TOKENS = 512  # of a trajectory, as in recipe mini
 PHASES = ("rollout", "resample", "train", "weights")
+
+
+@dataclass(slots=True)
+class Dialogue:
+    """A rollout on transformers' side: its tokens and images so far, and how many of the tokens were sampled."""
+
+    tokens: list[int]
+    inputs: list[ImageInput]
+    images: list[Image.Image]
+    sampled: int = 0
 
 
 def main() -> None:
@@ -38,8 +54,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--turns", type=int, default=3, help="turns of a rollout; 1 leaves the tool out")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-batches", type=int, nargs="+", default=[64, 256], help="transformers' batch sizes")
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[32, 64, 128], help="transformers' batch sizes")
     parser.add_argument("--steps", type=int, default=4, help="training steps whose time is split; 0 leaves that out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -47,10 +64,12 @@ def main() -> None:
     path = model_directory(args.model)
     llm = LLM(path, dtype=torch.float32, kv_cache_bytes=1 << 28)
     conversation = Conversation(llm.processor, get_tools(["image_zoom_in"]))
-    prompts = make_prompts(llm, conversation, args.questions)
-    rows = [{"system": "axpo engine", **measure(ours(llm, conversation, prompts, args), args.repeats)}]
+    task = get_task("mini")
+    questions = [task.question("train", index) for index in range(args.questions)]
+    limits = Limits(max_turns=args.turns, max_new_tokens=args.max_new_tokens, max_tokens=MAX_TOKENS)
+    rows = [{"system": "axpo", **measure(ours(llm, conversation, questions, limits, args.rollouts), args.repeats)}]
     for batch in args.peer_batches:
-        run = transformers_generate(path, conversation, prompts, args, batch)
+        run = transformers_generate(path, conversation, questions, limits, args.rollouts, batch)
         rows.append({"system": f"transformers generate, batch {batch}", **measure(run, args.repeats)})
     best = max(row["tokens_per_s"] for row in rows[1:])
     for row in rows:
@@ -60,16 +79,6 @@ def main() -> None:
     if args.json:
         versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
         args.json.write_text(json.dumps({"rows": rows, "step_shares": shares, "versions": versions}, indent=1))
-
-
-def make_prompts(llm: LLM, conversation: Conversation, count: int) -> Prompts:
-    task = get_task("mini")
-    prompts = []
-    for index in range(count):
-        question = task.question("train", index)
-        images = llm.image_inputs(question.images)
-        prompts.append((conversation.prompt(question.messages, images), images))
-    return prompts
 
 
 def measure(run: Callable[[int], int], repeats: int) -> dict[str, float]:
@@ -83,70 +92,102 @@ def measure(run: Callable[[int], int], repeats: int) -> dict[str, float]:
     return {"tokens": tokens, "tokens_per_s": statistics.median(rates)}
 
 
-def ours(llm: LLM, conversation: Conversation, prompts: Prompts, args: argparse.Namespace) -> Callable[[int], int]:
+def ours(
+    llm: LLM, conversation: Conversation, questions: list[Question], limits: Limits, rollouts: int
+) -> Callable[[int], int]:
     def run(seed: int) -> int:
-        llm.runner.vision.clear()
-        llm.reset_prefix_cache()
-        params = [
-            SamplingParams(
-                n=args.rollouts,
-                max_tokens=args.max_new_tokens,
-                stop_token_ids=(conversation.end_of_turn,),
-                seed=seed * len(prompts) + index,
-            )
-            for index in range(len(prompts))
-        ]
-        inputs = [{"prompt_token_ids": ids, "multi_modal_data": {"image": images}} for ids, images in prompts]
-        outputs = llm.generate(inputs, params, use_tqdm=False)
-        return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        llm.runner.vision.clear()  # a training step meets every image for the first time
+        agent = Agent(llm, conversation, seed)
+        groups = agent.rollouts(1, list(enumerate(questions)), rollouts, limits)
+        branches = [branch for group in groups for branch in group]
+        agent.close(branches)
+        return sum(branch.sampled for branch in branches)
 
     return run
 
 
 def transformers_generate(
-    path: Path, conversation: Conversation, prompts: Prompts, args: argparse.Namespace, batch: int
+    path: Path, conversation: Conversation, questions: list[Question], limits: Limits, rollouts: int, batch: int
 ) -> Callable[[int], int]:
-    """`generate(num_return_sequences=rollouts)` over `batch` sequences at a time, left-padded."""
+    """`generate` over `batch` sequences at a time, left-padded."""
     from transformers import Qwen3VLForConditionalGeneration
 
     model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    image_token = model.config.image_token_id
-    pad = conversation.processor.tokenizer.pad_token_id
-    end = [conversation.end_of_turn]
-    banned = [
-        image_token,
-        model.config.video_token_id,
-        model.config.vision_start_token_id,
-        model.config.vision_end_token_id,
-    ]
-    at_once = max(1, batch // args.rollouts)
+    config, processor = model.config, conversation.processor
+    pad, end = processor.tokenizer.pad_token_id, conversation.end_of_turn
+    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+
+    def generate(dialogues: list[Dialogue], copies: int) -> list[list[int]]:
+        """`copies` continuations of each dialogue, in order, each through its end of turn."""
+        longest = max(len(dialogue.tokens) for dialogue in dialogues)
+        padding = [longest - len(dialogue.tokens) for dialogue in dialogues]
+        ids = torch.tensor([[pad] * n + d.tokens for n, d in zip(padding, dialogues, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+        images = [image for dialogue in dialogues for image in dialogue.inputs]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=torch.cat([image.pixel_values for image in images]),
+            image_grid_thw=torch.tensor([image.grid_thw for image in images]),
+            mm_token_type_ids=(ids == config.image_token_id).int(),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=limits.max_new_tokens - min(dialogue.sampled for dialogue in dialogues),
+            num_return_sequences=copies,
+            suppress_tokens=banned,
+            eos_token_id=[end],
+            pad_token_id=pad,
+        )[:, longest:].tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in out]
+
+    def observe(dialogue: Dialogue, turn: list[int]) -> bool:
+        """Appends a turn and what its calls gave. False when the rollout has ended."""
+        dialogue.tokens += turn
+        dialogue.sampled += len(turn)
+        calls = conversation.calls(turn)
+        if turn[-1] != end or not calls:
+            return False
+        results = []
+        for call in calls:
+            if call.error is None and call.name is not None and call.arguments is not None:
+                results.append(conversation.tools[call.name].call(call.arguments, dialogue.images))
+            else:
+                results.append(ToolResult.failure(call.error or "the tool call is malformed"))
+            dialogue.images += results[-1].images
+        inputs = [processor.image(image) for result in results for image in result.images]
+        dialogue.inputs += inputs
+        dialogue.tokens += conversation.observation(results, inputs)
+        room = min(MAX_TOKENS - len(dialogue.tokens), limits.max_new_tokens - dialogue.sampled)
+        return room > 0
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
+        live: list[Dialogue] = []
         sampled = 0
-        for start in range(0, len(prompts), at_once):
-            chunk = prompts[start : start + at_once]
-            longest = max(len(ids) for ids, _ in chunk)
-            ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in chunk])
-            mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in chunk])
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                pixel_values=torch.cat([image.pixel_values for _, images in chunk for image in images]),
-                image_grid_thw=torch.tensor([image.grid_thw for _, images in chunk for image in images]),
-                mm_token_type_ids=(ids == image_token).int(),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=args.max_new_tokens,
-                num_return_sequences=args.rollouts,
-                suppress_tokens=banned,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )[:, longest:]
-            ended = (out == end[0]).int()
-            sampled += int((ended.cumsum(1) - ended == 0).sum())
+        for start in range(0, len(questions), max(1, batch // rollouts)):
+            roots = []
+            for question in questions[start : start + max(1, batch // rollouts)]:
+                inputs = [processor.image(image) for image in question.images]
+                roots.append(Dialogue(conversation.prompt(question.messages, inputs), inputs, question.images))
+            turns = generate(roots, rollouts)
+            for index, turn in enumerate(turns):
+                root = roots[index // rollouts]
+                dialogue = Dialogue(list(root.tokens), list(root.inputs), list(root.images))
+                sampled += len(turn)
+                if limits.max_turns > 1 and observe(dialogue, turn):
+                    live.append(dialogue)
+        for turn_number in range(1, limits.max_turns):
+            live.sort(key=lambda dialogue: len(dialogue.tokens))
+            going: list[Dialogue] = []
+            for start in range(0, len(live), batch):
+                dialogues = live[start : start + batch]
+                for dialogue, turn in zip(dialogues, generate(dialogues, 1), strict=True):
+                    sampled += len(turn)
+                    if turn_number + 1 < limits.max_turns and observe(dialogue, turn):
+                        going.append(dialogue)
+            live = going
         return sampled
 
     return run
@@ -168,7 +209,10 @@ def step_shares(model: str, steps: int) -> dict[str, float]:
 
 def show(rows: list[dict], shares: dict[str, float], args: argparse.Namespace) -> None:
     console = Console()
-    title = f"{args.questions} questions x {args.rollouts} rollouts, one turn, {torch.get_num_threads()} threads"
+    title = (
+        f"{args.questions} questions x {args.rollouts} rollouts, up to {args.turns} turns, "
+        f"{torch.get_num_threads()} threads"
+    )
     cells = [[row["system"], str(row["tokens"]), f"{row['tokens_per_s']:.0f}", f"{row['ratio']:.1f}x"] for row in rows]
     console.print(table(title, ["system", "tokens", "tokens/s", "to best transformers"], cells))
     if shares:

@@ -2,9 +2,10 @@
 
 import engine._claim  # noqa: F401 — first: `kernels` must mean ours before anything imports it
 from engine.block_pool import OutOfBlocks
+from engine.images import ImageInput
 from engine.llm import LLM
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.processor import ImageInput, Processor
+from engine.processor import Processor
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.sequence import Sequence
 

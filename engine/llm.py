@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from engine.block_pool import BlockPool
+from engine.images import ImageInput
 from engine.memory import KVCache
 from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.processor import ImageInput, Processor
+from engine.processor import Processor
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
@@ -314,7 +315,7 @@ class LLM:
         stopped = bool(tokens) and tokens[-1] in request.stop_ids
         return CompletionOutput(
             request.index,
-            self.processor.decode(tokens, skip_special_tokens=True) if tokens else "",
+            self.processor.decode(tokens, skip_special_tokens=True) if tokens and request.params.detokenize else "",
             tokens,
             request.logprobs,
             request.entropies,

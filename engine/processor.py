@@ -1,32 +1,16 @@
 """Text and images to tokens and patches, with the checkpoint's own tokenizer, template and image processor."""
 
-import hashlib
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
+from engine.images import ImageInput, ImageProcessor
 from engine.models.config import ModelConfig
 from engine.positions import ImageSpan, place_image, positions
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInput:
-    """An image as the model takes it.
-
-    pixel_values: [P, patch_dim] fp32; grid_thw: (1, height, width) in patches; num_tokens = P / merge²; key: a hash.
-    """
-
-    pixel_values: Tensor
-    grid_thw: tuple[int, int, int]
-    num_tokens: int
-    key: bytes
 
 
 class Processor:
@@ -40,7 +24,11 @@ class Processor:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self.image_token_id = config.image_token_id
-        self._image_processor = None
+        self._image_processor: ImageProcessor | None = None
+        # The Rust tokenizer itself: what transformers wraps around it costs ten times as much as short texts do.
+        self._rust = self.tokenizer.backend_tokenizer
+        self._rust.no_padding()
+        self._rust.no_truncation()
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Processor":
@@ -65,16 +53,16 @@ class Processor:
             name = getattr(image, "filename", "") or "image"
             raise ValueError(f"{name}: cannot be decoded ({error})") from error
         if self._image_processor is None:
-            self._image_processor = _load_image_processor(self.path)
-        batch = self._image_processor(images=[rgb], return_tensors="np")
-        pixels = np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)
-        _, height, width = (int(side) for side in batch["image_grid_thw"][0])
-        key = hashlib.blake2b(pixels.tobytes() + bytes(f"{height}x{width}", "ascii"), digest_size=16).digest()
-        return ImageInput(torch.from_numpy(pixels), (1, height, width), height * width // merge**2, key)
+            self._image_processor = ImageProcessor(self.path)
+        return self._image_processor(rgb)
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
         """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
-        return self.expand(self.tokenizer.encode(text, add_special_tokens=False), images)
+        return self.expand(self.encode_text(text), images)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids, placeholders as they stand; no special tokens are added."""
+        return self._rust.encode(text, add_special_tokens=False).ids
 
     def expand(self, token_ids: Seq[int], images: Seq[ImageInput]) -> list[int]:
         """Expands one placeholder an image; ids whose placeholders are already expanded come back unchanged.
@@ -112,11 +100,4 @@ class Processor:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-
-
-def _load_image_processor(path: Path) -> Any:
-    # The PIL backend: the torchvision one is not everywhere, and rounds resized pixels differently.
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    return Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)
+        return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

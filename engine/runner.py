@@ -10,10 +10,10 @@ from torch import Tensor
 
 from engine.attention import PagedAttention
 from engine.batch import DecodeBatch
+from engine.images import ImageInput
 from engine.memory import KVCache
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
-from engine.processor import ImageInput
 from engine.scheduler import Chunk, Request
 from kernels import can_run_layers, sample
 

@@ -16,6 +16,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    detokenize: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:

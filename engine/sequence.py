@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from engine.block_pool import chain_hash
+from engine.images import ImageInput
 from engine.positions import ImageSpan, place_image
-from engine.processor import ImageInput
 
 if TYPE_CHECKING:
     from engine.llm import LLM

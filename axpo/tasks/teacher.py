@@ -12,7 +12,8 @@ from axpo.tasks.scenes import COLOURS, SIDE
 from axpo.tools.image_zoom_in import ImageZoomIn, pixel_box
 
 if TYPE_CHECKING:
-    from engine.processor import ImageInput, Processor
+    from engine.images import ImageInput
+    from engine.processor import Processor
 
 GRID = 8  # places are multiples of 1/8 of the image, so that each coordinate is one token
 HALF = SIDE // 2

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
+from engine.images import ImageInput
 from engine.models import ModelConfig, Qwen3VL
 from engine.positions import ImageSpan, place_image, positions
-from engine.processor import ImageInput
 
 VISION_START, VISION_END, IMAGE, OPEN, CLOSE, END, FIRST_TEXT, VOCAB = 1, 2, 3, 4, 5, 6, 8, 48
 MERGE, PATCH_DIM = 2, 3 * 2 * 4 * 4

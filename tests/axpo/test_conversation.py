@@ -12,7 +12,8 @@ from PIL import Image
 from axpo.conversation import Conversation
 from axpo.tasks.build_mini import build_mini
 from axpo.tools import ToolResult, get_tools
-from engine.processor import ImageInput, Processor
+from engine.images import ImageInput
+from engine.processor import Processor
 
 ASK: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is on it?"}]}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
-from engine.processor import ImageInput
+from engine.images import ImageInput
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
 
 SIZES = [(32, 32), (24, 48), (64, 16), (8, 8), (37, 53)]
