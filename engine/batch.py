@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from engine.scheduler import Request
 
 COLUMNS = ("token", "position", "delta", "seed", "top_k")
-FLOATS = ("temperature", "top_p")
+FLOATS = ("temperature", "top_p", "min_p")
 
 
 class DecodeBatch:
@@ -20,7 +20,7 @@ class DecodeBatch:
         token        [n] int64    the token to compute: the last one of the sequence
         position     [n] int64    its index, which is also the number of tokens that have KV
         delta        [n] int64    rotary position - index
-        seed, top_k  [n] int64    and temperature, top_p [n] fp32: of the sampler
+        seed, top_k  [n] int64    and temperature, top_p, min_p [n] fp32: of the sampler
         table        [n, columns] int32, the block table; what lies behind a row's last block is not defined
         num_blocks   [n] int64    blocks in the row's table
         shared       [n] bool     the block that the next token goes to may be shared
@@ -34,6 +34,7 @@ class DecodeBatch:
         self._table = np.zeros((capacity, 16), dtype=np.int32)
         self._num_blocks = np.zeros(capacity, dtype=np.int64)
         self._shared = np.zeros(capacity, dtype=bool)
+        self._shaped = np.zeros(capacity, dtype=bool)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -65,6 +66,15 @@ class DecodeBatch:
     @property
     def top_p(self) -> npt.NDArray[np.float32]:
         return self._floats[1, : len(self)]
+
+    @property
+    def min_p(self) -> npt.NDArray[np.float32]:
+        return self._floats[2, : len(self)]
+
+    @property
+    def shaped(self) -> list[int]:
+        """Rows whose requests shape their logits."""
+        return np.flatnonzero(self._shaped[: len(self)]).tolist()
 
     def tables(self) -> npt.NDArray[np.int32]:
         """[n, columns], as wide as the longest table."""
@@ -100,8 +110,9 @@ class DecodeBatch:
             length = len(sequence.token_ids)
             delta = sequence.spans[-1].delta if sequence.spans else 0
             self._ints[:, row] = (sequence.token_ids[-1], length - 1, delta, request.seed, params.top_k)
-            self._floats[:, row] = (params.temperature, params.top_p)
+            self._floats[:, row] = (params.temperature, params.top_p, params.min_p)
             self._shared[row] = True
+            self._shaped[row] = request.shaper is not None
             self._write_table(row, sequence.block_table)
         order = sorted(range(len(self)), key=lambda row: self.requests[row].sequence.path)
         if order != list(range(len(self))):
@@ -126,6 +137,7 @@ class DecodeBatch:
         self._table[:n] = self._table[rows]
         self._num_blocks[:n] = self._num_blocks[rows]
         self._shared[:n] = self._shared[rows]
+        self._shaped[:n] = self._shaped[rows]
 
     def _write_table(self, row: int, table: list[int]) -> None:
         if len(table) > self._table.shape[1]:
@@ -142,3 +154,4 @@ class DecodeBatch:
             self._table = np.pad(self._table, ((0, more), (0, 0)))
             self._num_blocks = np.pad(self._num_blocks, (0, more))
             self._shared = np.pad(self._shared, (0, more))
+            self._shaped = np.pad(self._shaped, (0, more))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from PIL import Image
 
 from engine.block_pool import BlockPool
 from engine.images import ImageInput
+from engine.logits import LogitsShaper
 from engine.memory import KVCache
 from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
 from engine.outputs import CompletionOutput, RequestOutput
@@ -139,7 +141,12 @@ class LLM:
             token_ids.append(token)
             request.logprobs.append(logprob)
             request.entropies.append(entropy)
-            if token in request.stop_ids or len(token_ids) >= request.limit:
+            if token in request.stop_ids:
+                request.stopped_by = token
+                finished.add(request)
+            elif request.params.stop and self._meets_stop_string(request):
+                finished.add(request)
+            elif len(token_ids) >= request.limit:
                 finished.add(request)
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
@@ -160,6 +167,32 @@ class LLM:
             self.submit(sequence, p, index)
         done = {id(sequence): output for sequence, output in self._drain()}
         return [done[id(sequence)] for sequence in sequences]
+
+    def stream(
+        self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> Iterator[tuple[Sequence, CompletionOutput]]:
+        """`run`, step by step: yields what each sequence has after every new token; its last output has a finish_reason.
+
+        Leaving the loop early aborts what still runs; the tokens so far stay.
+
+        Raises:
+            RuntimeError: other runs are in flight.
+        """
+        if self.scheduler.has_work:
+            raise RuntimeError("stream while other sequences run; let them finish or abort them first")
+        params = self._params(sampling_params, len(sequences))
+        for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
+            self.submit(sequence, p, index)
+        try:
+            while self.scheduler.has_work:
+                done = self.step()
+                for request in self.scheduler.running:
+                    if request.logprobs and not request.pending > 1:
+                        yield request.sequence, self._output(request, running=True)
+                yield from done
+        finally:
+            for sequence in sequences:
+                self.abort(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch; its tokens so far stay."""
@@ -297,7 +330,28 @@ class LLM:
             raise RuntimeError("the sequence is running already")
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, index))
+        shaper = self._shaper(params, len(sequence), stop) if params.shapes_logits else None
+        self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
+
+    def _shaper(self, params: SamplingParams, start: int, stop_ids: frozenset[int]) -> LogitsShaper:
+        vocabulary = self.config.text.vocab_size
+        bad = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
+        if bad is not None:
+            raise ValueError(f"SamplingParams.logit_bias has token {bad}, outside the vocabulary of {vocabulary}")
+        # A word is written with and without the space before it.
+        words = [self.processor.encode_text(text) for word in params.bad_words for text in (word, f" {word}")]
+        return LogitsShaper(params, start, stop_ids, words)
+
+    def _meets_stop_string(self, request: Request) -> bool:
+        """Looks for a stop string that the newest token completes: a token is at least one byte of the text."""
+        token_ids, params = request.sequence.token_ids, request.params
+        sampled = len(token_ids) - request.start
+        if sampled < params.min_tokens:
+            return False
+        window = max(len(stop.encode()) for stop in params.stop) + 4
+        text = self.processor.decode(token_ids[-min(window, sampled) :], skip_special_tokens=True)
+        request.stopped_by = next((stop for stop in params.stop if stop in text), None)
+        return request.stopped_by is not None
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick
@@ -310,17 +364,22 @@ class LLM:
                 bar.update(len(new))
         return finished
 
-    def _output(self, request: Request) -> CompletionOutput:
-        tokens = request.sequence.token_ids[request.start :]
-        stopped = bool(tokens) and tokens[-1] in request.stop_ids
+    def _output(self, request: Request, running: bool = False) -> CompletionOutput:
+        tokens, params, stopped_by = request.sequence.token_ids[request.start :], request.params, request.stopped_by
+        text = self.processor.decode(tokens, skip_special_tokens=True) if tokens and params.detokenize else ""
+        if isinstance(stopped_by, str):
+            end = text.rfind(stopped_by)
+            text = text[: end + len(stopped_by) if params.include_stop_str_in_output else end]
         return CompletionOutput(
             request.index,
-            self.processor.decode(tokens, skip_special_tokens=True) if tokens and request.params.detokenize else "",
+            text,
             tokens,
-            request.logprobs,
-            request.entropies,
-            "stop" if stopped else "length",
-            tokens[-1] if stopped else None,
+            list(request.logprobs),
+            list(request.entropies),
+            None if running else "length" if stopped_by is None else "stop",
+            stopped_by,
+            list(request.processed_logprobs) if params.processed_logprobs else None,
+            list(request.top_logprobs) if params.logprobs else None,
         )
 
     def _params(self, given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.attention import PagedAttention
 from engine.batch import DecodeBatch
 from engine.images import ImageInput
+from engine.logits import details
 from engine.memory import KVCache
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
@@ -131,21 +132,40 @@ class Runner:
         return VisionInput(None, None, self._tensor(np.concatenate(where)), VisionFeatures.cat(parts))
 
     def _sample(self, hidden: Tensor, batch: DecodeBatch, requests: list[Request]) -> Sampled:
-        seeds, noise_positions, temperature = batch.seed, batch.position + 1, batch.temperature
-        top_k, top_p = batch.top_k, batch.top_p
+        seeds, noise_positions, top_k = batch.seed, batch.position + 1, batch.top_k
+        temperature, top_p, min_p = batch.temperature, batch.top_p, batch.min_p
         if requests:
             params = [request.params for request in requests]
             seeds = np.append(seeds, [request.seed for request in requests])
             noise_positions = np.append(noise_positions, [len(request.sequence) for request in requests])
-            temperature = np.append(temperature, np.float32([p.temperature for p in params]))
             top_k = np.append(top_k, [p.top_k for p in params])
-            top_p = np.append(top_p, np.float32([p.top_p for p in params]))
+            floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
+            temperature, top_p, min_p = (
+                np.append(column, more)
+                for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
+            )
+        logits = self.model.logits(hidden)
+        shaped = [(row, batch.requests[row]) for row in batch.shaped]
+        shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
+        raw = {row: logits[row].clone() for row, _ in shaped}
+        for row, request in shaped:
+            assert request.shaper is not None
+            request.shaper.apply(logits[row], request.sequence.token_ids)
         tokens, logprobs, entropies = sample(
-            self.model.logits(hidden),
+            logits,
             *map(self._tensor, (seeds, noise_positions, temperature, top_k, top_p)),
             self._banned,
+            self._tensor(min_p) if min_p.any() else None,
         )
-        return Sampled(requests, tokens.cpu().numpy(), logprobs.tolist(), entropies.tolist())
+        sampled = Sampled(requests, tokens.cpu().numpy(), logprobs.tolist(), entropies.tolist())
+        for row, request in shaped:
+            more = details(raw[row], logits[row], int(sampled.tokens[row]), request.params, self._banned)
+            sampled.logprobs[row], sampled.entropies[row] = more.logprob, more.entropy
+            if more.processed_logprob is not None:
+                request.processed_logprobs.append(more.processed_logprob)
+            if more.top_logprobs is not None:
+                request.top_logprobs.append(more.top_logprobs)
+        return sampled
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)

@@ -2,35 +2,87 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """vLLM's names. `seed` keys the noise of one branch: the same seed at the same position draws the same noise."""
+    """vLLM's names and meanings. `seed` keys the noise of one branch: the same seed at the same position draws the same.
+
+    n: continuations of a prompt. temperature: 0 is greedy. top_k: 0 is off. min_p: relative to the most probable token.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens sampled in this run, once or per occurrence;
+    repetition_penalty: divides (multiplies, where negative) the logits of all tokens in the sequence.
+    logit_bias: token id -> added to its logit. bad_words: never completed.
+    stop: strings that end the run; the text ends before them unless include_stop_str_in_output. stop_token_ids: tokens
+    that end it, beside the checkpoint's end-of-sequence tokens unless ignore_eos. min_tokens: nothing ends it earlier.
+    logprobs: also the most probable `logprobs` tokens of every step. processed_logprobs: also log-probs under the
+    distribution that was really sampled from, after penalties, bias, top-k, top-p and min-p.
+    detokenize: False leaves `text` empty.
+    """
 
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
     max_tokens: int | None = 16
-    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    include_stop_str_in_output: bool = False
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    detokenize: bool = True
     seed: int | None = None
+    logprobs: int | None = None
+    processed_logprobs: bool = False
+    detokenize: bool = True
 
     def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the class is frozen
+        set_("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        set_("stop_token_ids", tuple(self.stop_token_ids))
+        set_("bad_words", tuple(self.bad_words))
+        set_("logit_bias", dict(self.logit_bias))
+        finite = "a finite number"
         checks = (
-            ("n", self.n, self.n >= 1, "at least 1"),
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number, 0 or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), finite),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), finite),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+            ("logit_bias", all(math.isfinite(bias) for bias in self.logit_bias.values()), "a map to finite numbers"),
+            ("bad_words", all(self.bad_words), "words that are not empty"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
+            ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "in 0 … max_tokens"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", not self.stop or self.detokenize, "empty where detokenize is False: it is found in the text"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 1, "at least 1, or None"),
         )
-        for name, value, valid, wanted in checks:
+        for name, valid, wanted in checks:
             if not valid:
-                raise ValueError(f"SamplingParams.{name} is {value}; it must be {wanted}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+                raise ValueError(f"SamplingParams.{name} is {getattr(self, name)}; it must be {wanted}")
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether anything beyond temperature, top-k, top-p and min-p changes the logits, or more is to be reported."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+            or self.bad_words
+            or self.min_tokens
+            or self.logprobs
+            or self.processed_logprobs
+        )
 
 
 def derive_seed(*path: int | str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockCopy, BlockPool, OutOfBlocks
+from engine.logits import LogitsShaper
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
@@ -15,9 +16,10 @@ WATERMARK = 0.01  # of the blocks: kept free when a request is admitted, so that
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One run of a sequence: from `start` tokens on until a stop token or `limit` tokens in all.
+    """One run of a sequence: from `start` tokens on until something stops it or there are `limit` tokens in all.
 
-    `limit == start` asks for no token: the sequence is only prefilled.
+    `limit == start` asks for no token: the sequence is only prefilled. `shaper` is set where the parameters ask for more
+    than the sampler does by itself. `stopped_by`: the stop token or string that ended the run.
     """
 
     sequence: Sequence
@@ -26,10 +28,14 @@ class Request:
     start: int
     limit: int
     stop_ids: frozenset[int]
+    shaper: LogitsShaper | None = None
     index: int = 0
     arrival: int = -1
+    stopped_by: int | str | None = None
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    processed_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
     @property
     def pending(self) -> int:
