@@ -16,7 +16,7 @@ from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ()  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = ("kernels.linear_logprob_entropy.triton",)  # "kernels.<op>.triton" of every operation that has a Triton form
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def compile_case(case: AotCase) -> AotResult:
 
 
 def _is_type(text: str) -> bool:
-    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)", text) is not None
+    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)|tensordesc<.*>", text) is not None
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-// Sampling by counter-based Gumbel-max with top-k, top-p and banned ids. See kernels/sampling.py, whose reference
+// Sampling by counter-based Gumbel-max with top-k, top-p and banned ids. See kernels/sampling/reference.py, whose reference
 // defines every value that decides on a token; both use only operations that are rounded once (no fused
 // multiply-add, no libm), so the tokens agree bit for bit on any machine.
 #include "softmax_row.h"

@@ -1,12 +1,15 @@
-"""The LM head fused with log-probability and entropy: differentiable, and no [N, V] tensor is kept."""
+"""linear_logprob_entropy over chunks of fp32 logits: a matrix product, then the C++ row kernel or its torch form.
 
-from collections.abc import Iterator
+What the CPU runs, and any device without Triton.
+"""
+
+from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels._library import MODE, use_cpp
+from kernels._library import use_cpp
+from kernels.linear_logprob_entropy.state import accumulator, results
 
-IGNORE_INDEX = -100
 # Rows and vocabulary columns taken at a time: at most 16 MiB of fp32 logits, which a last-level cache holds.
 # The columns are fixed so that the order of a row's sums never depends on N.
 ROW_CHUNK = 1024
@@ -15,66 +18,16 @@ VOCAB_CHUNK = 4096
 MIN_ROWS = 4
 
 
-def linear_logprob_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-    ignore_index: int = IGNORE_INDEX,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(label) and the exact entropy, in nats, of p = softmax(hidden @ weight.T / temperature).
-
-    hidden: [N, H], weight: [V, H], labels: [N] int64, temperature: a number or [N], above 0.
-    Returns (logprob [N], entropy [N]), fp32 (fp64 for fp64 hidden), differentiable in hidden and weight through both.
-    Rows labelled ignore_index give 0 and 0 and no gradient. Logits are fp32 whatever the inputs' dtype; the backward
-    recomputes them chunk by chunk, writes each slice of weight's gradient once and accumulates hidden's in fp32.
-    Raises ValueError for shapes that disagree, a temperature not above 0, or (on the CPU) a label outside [0, V).
-    """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"linear_logprob_entropy: hidden {list(hidden.shape)}, weight {list(weight.shape)} and labels "
-            f"{list(labels.shape)} must be [N, H], [V, H] and [N]"
-        )
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        raise ValueError(f"linear_logprob_entropy: temperature is {temperature}: it must be above 0")
-    if MODE == "reference":
-        return linear_logprob_entropy_reference(hidden, weight, labels, temperature, ignore_index)
-    per_row = torch.as_tensor(temperature, dtype=_accumulator(hidden), device=hidden.device).expand(hidden.shape[0])
-    logprob, entropy, _, _ = _forward(hidden, weight, labels, per_row.contiguous(), ignore_index)
-    return logprob, entropy
-
-
-def linear_logprob_entropy_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-    ignore_index: int = IGNORE_INDEX,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """linear_logprob_entropy by log_softmax over all of [N, V]; any dtype (fp64 stays fp64), any device."""
-    dtype = _accumulator(hidden)
-    scale = temperature.to(dtype)[:, None] if isinstance(temperature, torch.Tensor) else temperature
-    logp = torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).T / scale, dim=-1)
-    valid = labels != ignore_index
-    logprob = logp.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    entropy = -(logp.exp() * logp).sum(-1)
-    return torch.where(valid, logprob, 0.0), torch.where(valid, entropy, 0.0)
-
-
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _row_chunks(total: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of ROW_CHUNK rows each; a remainder below MIN_ROWS joins the chunk before it."""
+def row_chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of `size` rows each; a remainder below MIN_ROWS joins the chunk before it."""
     start = 0
     while start < total:
-        end = total if total - start < ROW_CHUNK + MIN_ROWS else start + ROW_CHUNK
+        end = total if total - start < size + MIN_ROWS else start + size
         yield start, end
         start = end
 
 
-def _pad(x: torch.Tensor, rows: int, value: float = 0) -> torch.Tensor:
+def pad(x: torch.Tensor, rows: int, value: float = 0) -> torch.Tensor:
     return torch.cat((x, x.new_full((rows, *x.shape[1:]), value))) if rows > 0 else x
 
 
@@ -82,7 +35,7 @@ class _Logits:
     """fp32 logits of one (rows, vocabulary) chunk at a time, always in the same memory."""
 
     def __init__(self, hidden: torch.Tensor, vocabulary: int):
-        self.hidden, self.dtype = hidden, _accumulator(hidden)
+        self.hidden, self.dtype = hidden, accumulator(hidden)
         rows = min(ROW_CHUNK + MIN_ROWS, hidden.shape[0])
         self.memory = hidden.new_empty((rows * min(vocabulary, VOCAB_CHUNK),), dtype=self.dtype)
 
@@ -93,12 +46,32 @@ class _Logits:
         return rows, torch.mm(rows, weight.T, out=out)
 
 
+@torch.library.custom_op("axpo::linear_logprob_state", mutates_args=())
+def state(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor, vocab_start: int
+) -> torch.Tensor:
+    """The state [N, 4] (see state.py) over weight's columns, which are tokens vocab_start, vocab_start + 1, …"""
+    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
+    short = MIN_ROWS - n
+    hidden, labels, temperature = pad(hidden, short), pad(labels.contiguous(), short), pad(temperature, short, 1)
+    state = hidden.new_zeros((len(hidden), 4), dtype=torch.float64)
+    state[:, 0] = state[:, 3] = -torch.inf
+    logits = _Logits(hidden, vocabulary)
+    reduce: Callable = torch.ops.axpo.logprob_reduce.default if use_cpp(logits.memory) else reduce_reference
+    for first in range(0, vocabulary, VOCAB_CHUNK):
+        columns = weight[first : first + VOCAB_CHUNK].to(dtype)
+        for start, end in row_chunks(len(hidden), ROW_CHUNK):
+            _, z = logits.compute(start, end, columns)
+            reduce(z, temperature[start:end], labels[start:end], vocab_start + first, state[start:end])
+    return state[:n].clone() if short > 0 else state
+
+
 @torch.library.custom_op("axpo::linear_logprob_entropy", mutates_args=())
-def _forward(
+def chunked(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor, ignore_index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, entropy, max, log_sum), each [N]: logsumexp is max + log_sum, kept apart to lose no digits."""
-    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], _accumulator(hidden)
+    """(logprob, entropy, max, log_sum), each [N]."""
+    vocabulary = weight.shape[0]
     if labels.device.type == "cpu":
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]
         if wrong.numel():
@@ -106,37 +79,22 @@ def _forward(
                 f"linear_logprob_entropy: label {int(wrong[0])} is outside the vocabulary of {vocabulary}: "
                 f"use ignore_index = {ignore_index} for rows without a label"
             )
-    short = MIN_ROWS - n
-    hidden, labels = _pad(hidden, short), _pad(labels.contiguous(), short, ignore_index)
-    temperature = _pad(temperature, short, 1)
-    state = hidden.new_zeros((len(hidden), 4), dtype=torch.float64)  # running max, sum, centred sum, label's logit
-    state[:, 0] = -torch.inf
-    logits = _Logits(hidden, vocabulary)
-    reduce = torch.ops.axpo.logprob_reduce.default if use_cpp(logits.memory) else _reduce_reference
-    for first in range(0, vocabulary, VOCAB_CHUNK):
-        columns = weight[first : first + VOCAB_CHUNK].to(dtype)
-        for start, end in _row_chunks(len(hidden)):
-            _, z = logits.compute(start, end, columns)
-            reduce(z, temperature[start:end], labels[start:end], first, state[start:end])
-    maximum, total, centred, at_label = state[:n].unbind(1)
-    log_sum = total.log()
-    valid = labels[:n] != ignore_index
-    logprob = torch.where(valid, at_label - maximum - log_sum, 0.0)
-    entropy = torch.where(valid, log_sum - centred / total, 0.0)
-    return logprob.to(dtype), entropy.to(dtype), maximum.to(dtype, copy=True), log_sum.to(dtype)
+    return results(state(hidden, weight, labels, temperature, 0), labels, ignore_index, accumulator(hidden))
 
 
 @torch.library.custom_op("axpo::linear_logprob_entropy_backward", mutates_args=())
-def _backward(
+def backward(
     grad_logprob: torch.Tensor,
     grad_entropy: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     temperature: torch.Tensor,
+    logprob: torch.Tensor,
     entropy: torch.Tensor,
     maximum: torch.Tensor,
     log_sum: torch.Tensor,
+    vocab_start: int,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
@@ -144,25 +102,25 @@ def _backward(
     """Gradients of hidden and weight; one that is not needed is returned empty.
 
     dz[j] = g_logprob (1[j = label] − p[j]) − g_entropy p[j] (log p[j] + entropy), and hidden's logits get dz / T.
+    logprob … log_sum are of the whole vocabulary, of which weight may be the part from vocab_start on.
     """
-    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], _accumulator(hidden)
+    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
     short = MIN_ROWS - n
-    hidden, labels = _pad(hidden, short), _pad(labels.contiguous(), short, ignore_index)
-    rows = [
-        _pad(x.contiguous(), short, 1) for x in (temperature, maximum, log_sum, entropy, grad_logprob, grad_entropy)
-    ]
+    hidden, labels = pad(hidden, short), pad(labels.contiguous(), short, ignore_index)
+    per_row = (temperature, logprob, entropy, maximum, log_sum, grad_logprob, grad_entropy)
+    rows = [pad(x.contiguous(), short, 1) for x in per_row]
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,))
     logits = _Logits(hidden, vocabulary)
-    gradient = torch.ops.axpo.logprob_gradient.default if use_cpp(logits.memory) else _gradient_reference
+    gradient: Callable = torch.ops.axpo.logprob_gradient.default if use_cpp(logits.memory) else gradient_reference
     for first in range(0, vocabulary, VOCAB_CHUNK):
         columns = weight[first : first + VOCAB_CHUNK].to(dtype)
         slice_ = grad_weight[first : first + VOCAB_CHUNK]
         total = slice_ if slice_.dtype == dtype else torch.zeros_like(slice_, dtype=dtype)
-        for start, end in _row_chunks(len(hidden)):
+        for start, end in row_chunks(len(hidden), ROW_CHUNK):
             x, dz = logits.compute(start, end, columns)
-            t, m, ls, h, gl, gh = (r[start:end] for r in rows)
-            gradient(dz, t, labels[start:end], first, ignore_index, m, ls, h, gl, gh)
+            temperature, *stats = (r[start:end] for r in rows)
+            gradient(dz, temperature, labels[start:end], vocab_start + first, ignore_index, *stats)
             if need_hidden:
                 grad_hidden[start:end].addmm_(dz, columns)
             if need_weight:
@@ -172,7 +130,7 @@ def _backward(
     return grad_hidden[:n].to(hidden.dtype), grad_weight
 
 
-def _reduce_reference(
+def reduce_reference(
     logits: torch.Tensor, temperature: torch.Tensor, labels: torch.Tensor, first: int, state: torch.Tensor
 ) -> None:
     """axpo::logprob_reduce in plain torch: merges one chunk [N, C] of logits into the running state [N, 4] fp64."""
@@ -192,15 +150,16 @@ def _reduce_reference(
     state[:, 3] = torch.where(here, at_label.double(), state[:, 3])
 
 
-def _gradient_reference(
+def gradient_reference(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     labels: torch.Tensor,
     first: int,
     ignore_index: int,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
     maximum: torch.Tensor,
     log_sum: torch.Tensor,
-    entropy: torch.Tensor,
     grad_logprob: torch.Tensor,
     grad_entropy: torch.Tensor,
 ) -> None:
@@ -208,38 +167,46 @@ def _gradient_reference(
     logp = logits.div_(temperature[:, None]).sub_(maximum[:, None]).sub_(log_sum[:, None]).clamp_(min=-700)
     here = (labels >= first) & (labels < first + logp.shape[1])
     column = torch.where(here, labels - first, 0)[:, None]
-    logp_label = logp.gather(1, column)
     # 1 − p by expm1: the plain difference has no correct digit left when p is close to 1.
-    at_label = -grad_logprob[:, None] * logp_label.expm1()
-    at_label -= grad_entropy[:, None] * logp_label.exp() * (logp_label + entropy[:, None])
+    at_label = -grad_logprob * logprob.expm1() - grad_entropy * logprob.exp() * (logprob.clamp(min=-700) + entropy)
     p = logp.exp()
     dz = logp.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprob[:, None]).mul_(p).neg_()
-    dz.scatter_(1, column, torch.where(here[:, None], at_label, dz.gather(1, column)))
+    dz.scatter_(1, column, torch.where(here[:, None], at_label[:, None], dz.gather(1, column)))
     dz.div_(temperature[:, None]).masked_fill_((labels == ignore_index)[:, None], 0.0)
 
 
-@_forward.register_fake
-def _(hidden, weight, labels, temperature, ignore_index):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(4))
+@state.register_fake
+def _(hidden, weight, labels, temperature, vocab_start):
+    return hidden.new_empty((hidden.shape[0], 4), dtype=torch.float64)
 
 
-@_backward.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, labels, temperature, entropy, maximum, log_sum, ignore_index, *need):
+@chunked.register_fake
+def forward_fake(hidden, weight, labels, temperature, ignore_index):
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=accumulator(hidden)) for _ in range(4))
+
+
+@backward.register_fake
+def backward_fake(grad_logprob, grad_entropy, hidden, weight, *rest):
+    need = rest[-2:]
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((hidden, weight), need, strict=True))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
     hidden, weight, labels, temperature, ctx.ignore_index = inputs
-    _, entropy, maximum, log_sum = output
+    logprob, entropy, maximum, log_sum = output
     ctx.mark_non_differentiable(maximum, log_sum)
-    ctx.save_for_backward(hidden, weight, labels, temperature, entropy, maximum, log_sum)
+    ctx.save_for_backward(hidden, weight, labels, temperature, logprob, entropy, maximum, log_sum)
 
 
-def _backward_autograd(ctx, grad_logprob, grad_entropy, *_):
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    grads = _backward(grad_logprob, grad_entropy, *ctx.saved_tensors, ctx.ignore_index, need_hidden, need_weight)
-    return grads[0] if need_hidden else None, grads[1] if need_weight else None, None, None, None
+def gradients(backward: Callable) -> Callable:
+    """The autograd rule that setup_context prepares, by the given backward."""
+
+    def rule(ctx, grad_logprob, grad_entropy, *_):
+        needs = ctx.needs_input_grad[:2]
+        grads = backward(grad_logprob, grad_entropy, *ctx.saved_tensors, 0, ctx.ignore_index, *needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
+
+    return rule
 
 
-_forward.register_autograd(_backward_autograd, setup_context=_setup_context)
+chunked.register_autograd(gradients(backward), setup_context=setup_context)

@@ -1,8 +1,8 @@
-"""linear_logprob_entropy in plain torch, and in plain torch the two row kernels of its chunked form."""
+"""linear_logprob_entropy in plain torch: log_softmax over all of [N, V]."""
 
 import torch
 
-IGNORE_INDEX = -100
+from kernels.linear_logprob_entropy.state import IGNORE_INDEX, accumulator
 
 
 def linear_logprob_entropy_reference(
@@ -20,8 +20,3 @@ def linear_logprob_entropy_reference(
     logprob = logp.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
     return torch.where(valid, logprob, 0.0), torch.where(valid, entropy, 0.0)
-
-
-def accumulator(x: torch.Tensor) -> torch.dtype:
-    """The dtype of logits and results: fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(x.dtype, torch.float32)
