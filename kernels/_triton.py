@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton import knobs
@@ -81,16 +82,38 @@ def _interpreting() -> Iterator[None]:
 
     The interpreter patches the modules that a kernel's file imports, and forgets to restore those of the functions it
     calls (tl.sum and its like live in another file). Patching both modules here, first, makes its own patches void.
+    It truncates to bf16, and multiplies the bit patterns of bf16 matrices as integers: here both are as on a GPU.
     """
     with _lock:
         scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         # Outside of this, calling one only raises an error, and x.sum() is not a bound method.
         scope.set_attr(JITFunction, "__call__", lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs))
         scope.set_attr(JITFunction, "__get__", lambda self, x, owner=None: self if x is None else partial(self, x))
+        scope.set_attr(interpreter, "_convert_float", _convert_float)
+        scope.set_attr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
         try:
             yield
         finally:
             scope.restore()
+
+
+_theirs = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+
+def _convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any) -> np.ndarray:
+    """Between fp32 and bf16 (kept as uint16), to the nearest and of two such to the even one; others as they were."""
+    if source == tl.bfloat16 and target == tl.float32:
+        return np.asarray(data, np.uint32) << 16
+    if source == tl.float32 and target == tl.bfloat16:
+        bits = np.asarray(data).view(np.uint32)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, nearest).astype(np.uint16)
+    return _theirs[0](data, source, target, rounding)
+
+
+def _create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+    a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _theirs[1](builder, a, b, *rest)
 
 
 @cache
