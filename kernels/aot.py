@@ -90,7 +90,7 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
         file.write_bytes(cubin)
         run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", str(file))
-        sass = run(str(tools / "nvdisasm"), "-c", "-plr", str(file))
+        sass = run(str(tools / "nvdisasm"), "-c", str(file))
     return usage, sass
 
 

@@ -30,20 +30,16 @@ def logits_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] fp32 of x[row:] @ w[column:].T, summed over H in index order whatever the tile.
 
     Rows and columns outside the matrices hold something finite or not, never unreadable memory: mask them.
-    TMA: x and w are tensor descriptors. UPCAST: multiply in fp32, as the interpreter cannot multiply bf16.
+    TMA: x and w are tensor descriptors.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
         for k in range(0, H, BLOCK_K):
-            a, b = x.load([row, k]), w.load([column, k]).T
-            if UPCAST:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
     else:
         rows = tl.minimum(row + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
         columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
@@ -53,8 +49,6 @@ def logits_tile(
         for k in range(0, H, BLOCK_K):
             a = tl.load(xs, mask=ks[None, :] < H - k, other=0.0)
             b = tl.load(ws, mask=ks[:, None] < H - k, other=0.0)
-            if UPCAST:
-                a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision="ieee")
             xs += BLOCK_K
             ws += BLOCK_K

@@ -38,7 +38,6 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """out [N, C] = (g_logprob (1[j = label] − p) − g_entropy p (log p + entropy)) / T of columns first, first + 1, …
 
@@ -52,7 +51,7 @@ def dlogits_kernel(
     within = program % (GROUP * column_tiles)
     row = (group * GROUP + within % width) * BLOCK_M
     column = within // width * BLOCK_N
-    logits = logits_tile(x, w, row, column, N, C, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UPCAST)
+    logits = logits_tile(x, w, row, column, N, C, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
 
     rows = row + tl.arange(0, BLOCK_M)
     inside = rows < N

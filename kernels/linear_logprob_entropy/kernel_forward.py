@@ -38,7 +38,6 @@ def tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One program: BLOCK_M rows × a split of TILES tiles of BLOCK_N columns.
 
@@ -76,11 +75,10 @@ def tiles_kernel(
     for tile in range(0, tl.minimum(TILES, tl.cdiv(V - first, BLOCK_N))):
         column = first + tile * BLOCK_N
         logits = logits_tile(
-            x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA, UPCAST
+            x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
         columns = column + tl.arange(0, BLOCK_N)
         logits = tl.where(columns[None, :] < V, logits, -float("inf"))
-        largest, excess, centred = merge_state(largest, excess, centred, *row_state(logits, scale), scale)
         if SAMPLE:
             noise = gumbel_tile(seed, position, column, BLOCK_M, BLOCK_N)
             noisy = tl.div_rn(logits, tl.broadcast_to(t[:, None], [BLOCK_M, BLOCK_N]))
@@ -94,6 +92,7 @@ def tiles_kernel(
             if tl.max(here.to(tl.int32), 0) > 0:
                 hit = columns[None, :] == label[:, None]
                 tl.store(at_label + rows, tl.sum(tl.where(hit, logits, 0.0), 1), mask=here)
+        largest, excess, centred = merge_state(largest, excess, centred, *row_state(logits, scale), scale)
 
     plane = splits.to(tl.int64) * N
     out = partial + split.to(tl.int64) * N + rows

@@ -200,7 +200,6 @@ def operand(
         "BLOCK_N": tile["block_n"],
         "BLOCK_K": k,
         "TMA": tma,
-        "UPCAST": not x.is_cuda,
         "num_warps": tile["num_warps"],
         "num_stages": tile["num_stages"],
     }
@@ -302,7 +301,7 @@ def aot_matrices(tile: Mapping[str, Any]) -> dict[str, str]:
 def aot_options(tile: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
     """(num_warps and num_stages, the constexprs) of operand's options on a GPU."""
     blocks = {name: tile[name.lower()] for name in ("GROUP", "BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    return {key: tile[key] for key in ("num_warps", "num_stages")}, blocks | {"TMA": True, "UPCAST": False}
+    return {key: tile[key] for key in ("num_warps", "num_stages")}, blocks | {"TMA": True}
 
 
 def tune_candidates() -> list[dict[str, Any]]:
