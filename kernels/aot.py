@@ -16,7 +16,10 @@ from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ("kernels.linear_logprob_entropy.triton",)  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = (  # "kernels.<op>.triton" of every operation that has a Triton form
+    "kernels.linear_logprob_entropy.triton",
+    "kernels.sampling.triton",
+)
 
 
 @dataclass(frozen=True, slots=True)
