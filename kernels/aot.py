@@ -16,7 +16,7 @@ from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ()  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = ("kernels.rmsnorm.triton", "kernels.rotary.triton", "kernels.swiglu.triton")
 
 
 @dataclass(frozen=True, slots=True)
