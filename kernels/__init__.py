@@ -3,11 +3,11 @@
 from kernels import _claim  # noqa: F401  before anything can import transformers
 from kernels.decoder_layer import can_run_layers, decoder_layer
 from kernels.kv_cache import copy_blocks, write_kv
-from kernels.linear_logprob_entropy import linear_logprob_entropy
+from kernels.linear_logprob_entropy import linear_logprob_entropy, linear_logprob_state, merge_shards
 from kernels.paged_attention import paged_attention
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rotary import rotary
-from kernels.sampling import sample
+from kernels.sampling import linear_sample, sample
 from kernels.swiglu import swiglu
 from kernels.tree_attention import tree_attention
 
@@ -17,6 +17,9 @@ __all__ = [
     "copy_blocks",
     "decoder_layer",
     "linear_logprob_entropy",
+    "linear_logprob_state",
+    "linear_sample",
+    "merge_shards",
     "paged_attention",
     "rmsnorm",
     "rotary",

@@ -44,38 +44,52 @@ def _load(mode: str) -> bool:
 MODE = _read_mode()
 LOADED = _load(MODE)
 TRITON = find_spec("triton") is not None
-# Triton's interpreter runs its kernels on CPU tensors, slowly and exactly: how they are tested without a GPU.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, cpp: bool = True, triton: bool = True) -> str:
+def choose(
+    op: str,
+    backend: str | None,
+    *tensors: torch.Tensor | None,
+    cpp: bool = True,
+    triton: bool = True,
+    cpp_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> str:
     """The backend that serves this call of `op`: "triton", "cpp" or "reference".
 
     backend: an explicit choice, which comes before AXPO_KERNELS, which comes before the automatic one.
     tensors: the floating-point operands (None is passed over); integer operands follow their device.
-    cpp, triton: whether that implementation knows the shapes at hand.
+    cpp, triton: whether that implementation knows the shapes at hand; cpp_dtypes: what the C++ one takes.
+    An explicit "triton" on CPU tensors runs Triton's interpreter (kernels/_triton.py), which is slow.
     Raises ValueError when the explicit choice cannot serve the call. The automatic one falls back to "reference".
     """
     wanted = backend or MODE
     if wanted == "auto":
         if tensors[0] is not None and tensors[0].is_cuda:
             return "triton" if TRITON and triton else "reference"
-        return "cpp" if cpp and use_cpp(*tensors) else "reference"
-    reason = _why_not(wanted, tensors, cpp, triton)
+        return "cpp" if cpp and use_cpp(*tensors, dtypes=cpp_dtypes) else "reference"
+    reason = _why_not(wanted, tensors, cpp and use_cpp(*tensors, dtypes=cpp_dtypes), triton)
     if reason:
         source = "backend" if backend else "AXPO_KERNELS"
         raise ValueError(f"{op}: {source}={wanted!r} cannot serve this call: {reason}")
     return wanted
 
 
-def use_cpp(*tensors: torch.Tensor | None) -> bool:
-    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU."""
+def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU.
+
+    dtypes: for operators that take more than fp32.
+    """
     if not LOADED:
         return False
-    for t in tensors:  # a plain loop: this runs some sixty times a step of the engine
-        if t is not None and (t.dtype is not torch.float32 or not t.is_cpu):
+    for t in tensors:  # noqa: SIM110 - a plain loop: this runs some sixty times a step of the engine
+        if t is not None and not (t.is_cpu and t.dtype in dtypes):
             return False
     return True
+
+
+def one_narrow_dtype(*tensors: torch.Tensor) -> bool:
+    """Whether all have the same dtype of at most 32 bits, as the element-wise Triton kernels expect."""
+    return tensors[0].dtype != torch.float64 and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
 def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, triton: bool) -> str | None:
@@ -86,11 +100,11 @@ def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, 
             return "triton is not installed"
         if not triton:
             return "the Triton kernel does not know this shape or dtype"
-        if not INTERPRET and not all(t is None or t.is_cuda for t in tensors):
-            return "the tensors are not on a CUDA device (TRITON_INTERPRET=1 runs Triton's interpreter on the CPU)"
+        if not all(t is None or t.is_cuda or t.is_cpu for t in tensors):
+            return "the Triton kernels run on CUDA tensors, and in Triton's interpreter on CPU tensors"
     if backend == "cpp":
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"
-        if not cpp or not use_cpp(*tensors):
+        if not cpp:
             return "the C++ kernels serve fp32 tensors on the CPU, of shapes that their docstring names"
     return None

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel ahead of time for sm_90, without a GPU: `python -m kernels.aot [--json] [NAME …]`.
+"""Compiles every Triton kernel ahead of time for sm_90, without a GPU: `python -m kernels.aot [NAME …]`.
 
 What it prints of each production tile is what the tests assert and the docs show: registers, spills, shared memory,
-instructions and matrix instructions.
+instructions and matrix instructions. `--page docs/kernels/README.md` writes that page, `--json` prints for programs.
 """
 
 import argparse
@@ -11,12 +11,19 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ()  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = (  # "kernels.<op>.triton" of every operation that has a Triton form
+    "kernels.linear_logprob_entropy.triton",
+    "kernels.rmsnorm.triton",
+    "kernels.rotary.triton",
+    "kernels.sampling.triton",
+    "kernels.swiglu.triton",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ def compile_case(case: AotCase) -> AotResult:
     constants = {k: v for k, v in case.signature.items() if types[k] == "constexpr"}
     names = list(case.signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    fusion = {"enable_fp_fusion": getattr(case.kernel, "fp_fusion", True)}  # as kernels._triton.jit launches it
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **fusion, **case.options}
     source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=attributes)
     compiled = compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
@@ -76,7 +84,7 @@ def compile_case(case: AotCase) -> AotResult:
 
 
 def _is_type(text: str) -> bool:
-    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)", text) is not None
+    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)|tensordesc<.*>", text) is not None
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:
@@ -89,7 +97,7 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
         file.write_bytes(cubin)
         run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", str(file))
-        sass = run(str(tools / "nvdisasm"), "-c", "-plr", str(file))
+        sass = run(str(tools / "nvdisasm"), "-c", str(file))
     return usage, sass
 
 
@@ -99,21 +107,53 @@ def cases(names: list[str] | None = None) -> list[AotCase]:
     return [case for case in every if not names or case.name.startswith(tuple(names))]
 
 
+def table(results: list[AotResult]) -> str:
+    """A Markdown table, a line a kernel."""
+    lines = ["| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |", "|---|--:|--:|--:|--:|--:|"]
+    for r in results:
+        shared = f"{r.shared_bytes / 1024:.1f}"
+        lines.append(f"| {r.name} | {r.registers} | {r.spill_bytes} | {shared} | {r.instructions} | {r.wgmma} |")
+    return "\n".join(lines)
+
+
+def page(results: list[AotResult], directory: Path) -> str:
+    """docs/kernels/README.md: the pages beside it, each by its own title, and the table."""
+    import triton
+
+    pages = sorted(file for file in directory.glob("*.md") if file.name != "README.md")
+    links = [f"- [{file.read_text().splitlines()[0].lstrip('# ')}]({file.name})" for file in pages]
+    return f"""# Kernels
+
+Each operation is a folder of `kernels/`: a plain-torch reference, the form that is fast, and one public function that
+chooses: Triton on CUDA, C++ on the CPU, the reference elsewhere; `backend=` or `AXPO_KERNELS` force a choice.
+
+{chr(10).join(links)}
+
+## What the GPU gets
+
+Every Triton kernel at its production tile (bf16, sm_90), compiled without a GPU. `make test` asserts that nothing is
+spilled, that a block has at most {SHARED_LIMIT >> 10} KiB of shared memory, and that the matrix kernels use wgmma.
+Written by `python -m kernels.aot --page docs/kernels/README.md` on {date.today()} with Triton {triton.__version__}.
+
+{table(results)}
+
+Times on a GPU are another matter: `python bench/gpu_suite.py` measures them, `python bench/tune.py` finds the tiles.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of kernel names; default all")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the docs page instead of printing")
     args = parser.parse_args()
     results = [compile_case(case) for case in cases(args.names)]
     if args.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
-        return
-    print("| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for r in results:
-        print(
-            f"| {r.name} | {r.registers} | {r.spill_bytes} | {r.shared_bytes / 1024:.1f} | {r.instructions} | {r.wgmma} |"
-        )
+    elif args.page:
+        args.page.write_text(page(results, args.page.parent))
+    else:
+        print(table(results))
 
 
 if __name__ == "__main__":

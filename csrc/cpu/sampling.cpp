@@ -1,6 +1,6 @@
-// Sampling by counter-based Gumbel-max with top-k, top-p and banned ids. See kernels/sampling.py, whose reference
-// defines every value that decides on a token; both use only operations that are rounded once (no fused
-// multiply-add, no libm), so the tokens agree bit for bit on any machine.
+// Sampling by counter-based Gumbel-max with top-k, top-p, min-p and banned ids. See kernels/sampling/reference.py, which
+// defines every value that decides on a token; both use only operations that are rounded once (no fused multiply-add, no
+// libm), so the tokens agree bit for bit on any machine.
 #include "softmax_row.h"
 
 #include <ATen/Parallel.h>
@@ -21,7 +21,7 @@ constexpr float kLargestNoise = 23.0f;  // the noise is at most -log(2^-33) = 22
 
 struct Params {
   uint64_t seed, position;
-  float temperature, top_p;
+  float temperature, top_p, min_p;
   int64_t top_k;
 };
 
@@ -138,6 +138,15 @@ AXPO_CLONES void weights(const float* z, float max, uint64_t* out, int64_t n) {
   }
 }
 
+// Sets z to -inf where e^(z - max) is below min_p. z is padded to whole vectors.
+AXPO_CLONES void keep_min_p(float* z, int64_t n, float max, float min_p) {
+  const f32x8 m = splat8(max), least = splat8(min_p), nothing = splat8(-kInfinity);
+  for (int64_t i = 0; i < n; i += 8) {
+    const f32x8 v = load8(z + i);
+    store8(z + i, exp8(v - m) < least ? nothing : v);
+  }
+}
+
 // Sets z to -inf outside the top_k largest (all that tie with the k-th stay).
 void keep_top_k(std::vector<float>& z, int64_t n, int64_t top_k, std::vector<float>& scratch) {
   if (top_k <= 0 || top_k >= n) return;
@@ -226,11 +235,11 @@ void sample_row(const float* logits, int64_t n, const Params& p, const int64_t* 
   if (greedy) {
     *token = first_argmax(z, n);
   } else {
+    const bool truncates = p.top_p < 1.0f || p.min_p > 0.0f;
+    const int64_t top = truncates ? first_argmax(z, n) : -1;
+    if (top >= 0 && p.min_p > 0.0f) keep_min_p(z.data(), n, z[top], p.min_p);
     keep_top_k(z, n, p.top_k, scratch.copy);
-    if (p.top_p < 1.0f) {
-      const int64_t top = first_argmax(z, n);
-      if (top >= 0) keep_top_p(z, n, z[top], p.top_p, scratch.keys, scratch.weight);
-    }
+    if (top >= 0 && p.top_p < 1.0f) keep_top_p(z, n, z[top], p.top_p, scratch.keys, scratch.weight);
     *token = gumbel_argmax(z.data(), n, p.seed, p.position);
   }
   TORCH_CHECK_VALUE(*token >= 0, "sample: row ", row, " has no token left: every one is banned or has logit -inf");
@@ -241,7 +250,7 @@ void sample_row(const float* logits, int64_t n, const Params& p, const int64_t* 
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& positions,
                                           const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-                                          const std::optional<Tensor>& banned) {
+                                          const std::optional<Tensor>& banned, const std::optional<Tensor>& min_p) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) > 0, "sample: logits has shape ", logits.sizes(),
                     ": it must be [B, V] with V at least 1");
   const int64_t rows = logits.size(0), n = logits.size(1);
@@ -249,6 +258,14 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& se
     TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == rows, "sample: an argument has shape ", t->sizes(),
                       ", but seeds, positions, temperature, top_k and top_p need one entry for each of the ", rows,
                       " rows of logits");
+  }
+  TORCH_CHECK_VALUE(!min_p || (min_p->dim() == 1 && min_p->size(0) == rows), "sample: min_p must be None or hold one "
+                    "entry for each of the ", rows, " rows of logits");
+  const Tensor min_p_c = min_p ? min_p->contiguous() : Tensor();
+  const float* least = min_p ? min_p_c.const_data_ptr<float>() : nullptr;
+  for (int64_t r = 0; least && r < rows; ++r) {
+    TORCH_CHECK_VALUE(least[r] >= 0.0f && least[r] <= 1.0f, "sample: min_p[", r, "] = ", least[r],
+                      " must lie in [0, 1], where 0 is off");
   }
   const Tensor seeds_c = seeds.contiguous(), positions_c = positions.contiguous(), top_k_c = top_k.contiguous();
   const Tensor temperature_c = temperature.contiguous(), top_p_c = top_p.contiguous();
@@ -274,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& se
     Scratch scratch;
     scratch.z.resize((n + kBlock - 1) / kBlock * kBlock);
     for (int64_t r = begin; r < end; ++r) {
-      sample_row(in[r], n, Params{(uint64_t)seed[r], (uint64_t)position[r], t[r], p[r], k[r]}, ban, ban_count, r, scratch,
-                 token_out + r, logprob_out + r, entropy_out + r);
+      sample_row(in[r], n, Params{(uint64_t)seed[r], (uint64_t)position[r], t[r], p[r], least ? least[r] : 0.0f, k[r]},
+                 ban, ban_count, r, scratch, token_out + r, logprob_out + r, entropy_out + r);
     }
   });
   return {token, logprob, entropy};
@@ -286,6 +303,6 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& se
 TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(
       "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
-      "Tensor? banned=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? banned=None, Tensor? min_p=None) -> (Tensor, Tensor, Tensor)");
   m.impl("sample", c10::DispatchKey::CPU, TORCH_FN(sample));
 }

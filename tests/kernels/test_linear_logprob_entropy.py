@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels._library import LOADED, MODE
 from kernels.linear_logprob_entropy import linear_logprob_entropy, linear_logprob_entropy_reference
 
-# The package exports the function under the module's name.
-module = importlib.import_module("kernels.linear_logprob_entropy")
+module = importlib.import_module("kernels.linear_logprob_entropy.chunked")
 pytestmark = pytest.mark.usefixtures("poisoned")
 fused_only = pytest.mark.skipif(MODE == "reference", reason="AXPO_KERNELS=reference asks for log_softmax")
 
@@ -200,8 +199,8 @@ def test_no_full_logits_are_made(generator, monkeypatch):
 
     ones = torch.ones(n)
     with Watch():
-        logprob, entropy, *stats = module._forward._init_fn(hidden, weight, labels, temperature, -100)
-        module._backward._init_fn(ones, ones, hidden, weight, labels, temperature, entropy, *stats, -100, True, True)
+        logprob, entropy, *stats = module.chunked._init_fn(hidden, weight, labels, temperature, -100)
+        module.backward._init_fn(ones, ones, hidden, weight, labels, temperature, entropy, *stats, -100, True, True)
     assert logprob.shape == (n,)
     assert largest <= max(weight.nbytes, 80 << 10), f"a tensor of {largest} bytes; all logits take {n * v * 4}"
 
@@ -220,7 +219,7 @@ def test_row_kernels_match_plain_torch(offset, generator):
     logits[5, 7], labels = -torch.inf, torch.randint(0, v, (n,), generator=generator)
     temperature = 0.5 + torch.rand(n, generator=generator)
     exact = torch.log_softmax(logits.double() / temperature.double()[:, None], -1)
-    for reduce in (torch.ops.axpo.logprob_reduce.default, module._reduce_reference):
+    for reduce in (torch.ops.axpo.logprob_reduce.default, module.reduce_reference):
         state = torch.zeros(n, 4, dtype=torch.float64)
         state[:, 0] = -torch.inf
         for first in (0, 128, 256):
@@ -261,7 +260,7 @@ def test_errors_name_the_value():
 def test_opcheck(generator):
     hidden, weight, labels, temperature, *_ = problem(6, 50, generator)
     arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, temperature, -100)
-    torch.library.opcheck(module._forward, arguments)
+    torch.library.opcheck(module.chunked, arguments)
     if LOADED:
         state = torch.zeros(6, 4, dtype=torch.float64)
         logits = torch.randn(6, 50)

@@ -1,35 +1,6 @@
-"""Sampling a batch of tokens with counter-based noise, together with log-probability and exact entropy."""
+"""sample in plain torch: it defines every value that decides on a token, which the fast forms reproduce bit for bit."""
 
 import torch
-
-from kernels._library import LOADED, use_cpp
-
-
-def sample(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    banned: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token a row, by Gumbel-max: argmax of logits / temperature + noise(seed, position, token) over what is left.
-
-    logits: [B, V] fp32; seeds (read as uint64), positions: [B] int64; temperature: [B] fp32, 0 = greedy;
-    top_k: [B] int64, 0 = off; top_p: [B] fp32, 1 = off; banned: [n] int64 ids that are never sampled, or None.
-    Returns (token [B] int64, logprob [B] fp32, entropy [B] fp32).
-
-    Order: banned ids leave first, then top_k (all that tie with the k-th stay), then top_p (the smallest set of the
-    most probable remaining tokens that holds at least top_p of their mass; never empty; of equal ones the lowest ids
-    first). Ties go to the lowest id. logprob and entropy, in nats, are of softmax(logits / temperature) over all of V,
-    before anything is removed (of softmax(logits) when greedy): what a trainer can recompute from the model alone.
-    A row's result depends on that row's arguments only. Raises ValueError for a row without a distribution (NaN, +inf,
-    only -inf), without a token left, a negative temperature, or a banned id outside [0, V).
-    """
-    if use_cpp(logits, temperature, top_p):
-        return torch.ops.axpo.sample.default(logits, seeds, positions, temperature, top_k, top_p, banned)
-    return sample_reference(logits, seeds, positions, temperature, top_k, top_p, banned)
 
 
 def sample_reference(
@@ -40,6 +11,7 @@ def sample_reference(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     banned: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """sample in plain torch, on any device: the same tokens, bit for bit; logprob and entropy within rounding."""
     vocabulary = logits.shape[1]
@@ -58,13 +30,24 @@ def sample_reference(
         left[:, banned] = -torch.inf
     if (left.amax(1) == -torch.inf).any():
         raise ValueError("sample: a row has no token left: every one is banned or has logit -inf")
-    noisy = _keep_top_p(_keep_top_k(left, top_k), top_p)
+    noisy = truncate(left, top_k, top_p, min_p)
     noisy = noisy + gumbel_noise(seeds, positions, vocabulary)
     token = _first_argmax(torch.where(greedy[:, None], left, noisy))
 
     logp = torch.log_softmax(z.double(), dim=-1)
     entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)
     return token, logp.gather(1, token[:, None])[:, 0].float(), entropy.float()
+
+
+def truncate(
+    z: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [B, V] at the sampling temperature with -inf where min-p, top-k and top-p, in this order, remove a token."""
+    if min_p is not None:
+        if not ((min_p >= 0) & (min_p <= 1)).all():
+            raise ValueError(f"sample: min_p = {min_p.tolist()} must lie in [0, 1], where 0 is off")
+        z = z.masked_fill(_exp(z - z.amax(1, keepdim=True)) < min_p[:, None], -torch.inf)
+    return _keep_top_p(_keep_top_k(z, top_k), top_p)
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -164,9 +147,3 @@ def _first_argmax(x: torch.Tensor) -> torch.Tensor:
     ids = torch.arange(x.shape[1], device=x.device)
     return torch.where(x == x.amax(1, keepdim=True), ids, x.shape[1]).amin(1)
 
-
-if LOADED:
-
-    @torch.library.register_fake("axpo::sample")
-    def _(logits, seeds, positions, temperature, top_k, top_p, banned=None):
-        return torch.empty_like(seeds), logits.new_empty(logits.shape[:1]), logits.new_empty(logits.shape[:1])
