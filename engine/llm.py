@@ -1,7 +1,6 @@
 """The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -19,14 +18,12 @@ from engine.memory import KVCache
 from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
+from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
 from engine.sequence import Sequence
 from engine.weights import load_weights
-
-Prompt = str | list[int] | dict[str, Any]
-"""Text, token ids, or {"prompt" | "prompt_token_ids": …, "multi_modal_data": {"image": image or list}}."""
 
 
 class LLM:
@@ -71,7 +68,7 @@ class LLM:
         self.sequences: dict[int, Sequence] = {}
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
         self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes)
-        self.eos_token_ids = _eos_token_ids(self.path)
+        self.eos_token_ids = eos_token_ids(self.path)
         self.weight_version = 0
         self._seed = seed
         self._requests = itertools.count()
@@ -94,7 +91,7 @@ class LLM:
         Raises:
             ValueError: an empty or over-long prompt, placeholders that do not match the images, an undecodable image.
         """
-        text, token_ids, images = self._parse(prompt)
+        text, token_ids, images = parse_prompt(prompt)
         inputs = self.image_inputs(images)
         tokens = self.expand(self.processor.tokenizer.encode(text) if token_ids is None else token_ids, inputs)
         if not tokens:
@@ -144,9 +141,7 @@ class LLM:
             if token in request.stop_ids:
                 request.stopped_by = token
                 finished.add(request)
-            elif request.params.stop and self._meets_stop_string(request):
-                finished.add(request)
-            elif len(token_ids) >= request.limit:
+            elif (request.params.stop and self._meets_stop_string(request)) or len(token_ids) >= request.limit:
                 finished.add(request)
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
@@ -230,14 +225,16 @@ class LLM:
             for sequence in branches + roots:
                 sequence.close()
         rest = iter(branches)
+        forks = [list(itertools.islice(rest, p.n)) for p in params]
         return [
             RequestOutput(
                 str(index),
                 prompt if isinstance(prompt, str) else None,
                 list(root.token_ids),
-                [outputs[id(branch)] for branch in itertools.islice(rest, p.n)],
+                [outputs[id(branch)] for branch in mine],
+                num_cached_tokens=max(sequence.num_cached for sequence in (root, *mine)),
             )
-            for index, (prompt, root, p) in enumerate(zip(prompts, roots, params, strict=True))
+            for index, (prompt, root, mine) in enumerate(zip(prompts, roots, forks, strict=True))
         ]
 
     def chat(
@@ -308,9 +305,7 @@ class LLM:
         return next(self._ordinals)
 
     def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
-        return [
-            image if isinstance(image, ImageInput) else self.processor.image(_open_image(image)) for image in images
-        ]
+        return [image if isinstance(image, ImageInput) else self.processor.image(open_image(image)) for image in images]
 
     def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
         if not images and self.config.image_token_id not in token_ids:
@@ -388,36 +383,3 @@ class LLM:
         if len(given) != count:
             raise ValueError(f"{len(given)} sampling params for {count} prompts; give one for all or one for each")
         return list(given)
-
-    def _parse(self, prompt: Prompt) -> tuple[str, list[int] | None, list[Any]]:
-        if isinstance(prompt, str):
-            return prompt, None, []
-        if not isinstance(prompt, dict):
-            return "", [int(token) for token in prompt], []
-        if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
-            raise ValueError("a prompt dict needs exactly one of 'prompt' and 'prompt_token_ids'")
-        images = (prompt.get("multi_modal_data") or {}).get("image", [])
-        images = list(images) if isinstance(images, list | tuple) else [images]
-        token_ids = prompt.get("prompt_token_ids")
-        return prompt.get("prompt", ""), None if token_ids is None else list(token_ids), images
-
-
-def _open_image(image: Image.Image | str | Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        return Image.open(image)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image '{image}' cannot be read ({error})") from error
-
-
-def _eos_token_ids(path: Path) -> frozenset[int]:
-    """From generation_config.json, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = path / name
-        if file.is_file():
-            raw = json.loads(file.read_text())
-            eos = raw.get("eos_token_id", raw.get("text_config", {}).get("eos_token_id"))
-            if eos is not None:
-                return frozenset([eos] if isinstance(eos, int) else eos)
-    return frozenset()

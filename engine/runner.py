@@ -141,8 +141,7 @@ class Runner:
             top_k = np.append(top_k, [p.top_k for p in params])
             floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], dtype=np.float32)
             temperature, top_p, min_p = (
-                np.append(column, more)
-                for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
+                np.append(column, more) for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
             )
         logits = self.model.logits(hidden)
         shaped = [(row, batch.requests[row]) for row in batch.shaped]

@@ -4,7 +4,6 @@ Scores stay raw logits until the very end, so that d = (logit − largest) · sc
 of scaled logits, and is exactly 0 at the largest. Exponentials are powers of two: scale = log2(e) / temperature.
 """
 
-import triton
 import triton.language as tl
 
 from kernels._triton import jit

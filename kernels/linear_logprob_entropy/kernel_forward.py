@@ -72,11 +72,9 @@ def tiles_kernel(
         label = tl.load(labels + rows, mask=inside, other=-1) - vocab_start
 
     first = split * TILES * BLOCK_N
-    for tile in range(0, tl.minimum(TILES, tl.cdiv(V - first, BLOCK_N))):
+    for tile in range(tl.minimum(TILES, tl.cdiv(V - first, BLOCK_N))):
         column = first + tile * BLOCK_N
-        logits = logits_tile(
-            x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA
-        )
+        logits = logits_tile(x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         columns = column + tl.arange(0, BLOCK_N)
         logits = tl.where(columns[None, :] < V, logits, -float("inf"))
         if SAMPLE:

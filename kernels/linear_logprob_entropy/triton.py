@@ -262,18 +262,33 @@ def aot_cases() -> list[AotCase]:
         **unused,
         **sizes,
         "TILES": tile["tiles_per_split"],
-        **{"SAMPLE": False, "BANNED": False},
+        "SAMPLE": False,
+        "BANNED": False,
     }
     merged = dict.fromkeys(("logprob", "entropy", "maximum", "log_sum"), "*fp32")
     merging = {
-        **{"partial": "*fp32", **rows, "best_token": None, **merged, "state": None, "tokens": None},
-        **{"N": "i32", "splits": "i32", "ignore_index": "i32", "SAMPLE": False, "STATE": False},
-        **{"BLOCK_M": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS},
+        "partial": "*fp32",
+        **rows,
+        "best_token": None,
+        **merged,
+        "state": None,
+        "tokens": None,
+        "N": "i32",
+        "splits": "i32",
+        "ignore_index": "i32",
+        "SAMPLE": False,
+        "STATE": False,
+        "BLOCK_M": MERGE_ROWS,
+        "BLOCK_S": MERGE_SPLITS,
     }
     span = tile["tiles_per_split"] * tile["block_n"]
     by_row = {
-        **{"logits": "*fp32", **rows, "partial": "*fp32"},
-        **dict.fromkeys(("N", "V", "stride", "first", "first_split", "splits", "vocab_start", "columns_of_split"), "i32"),
+        "logits": "*fp32",
+        **rows,
+        "partial": "*fp32",
+        **dict.fromkeys(
+            ("N", "V", "stride", "first", "first_split", "splits", "vocab_start", "columns_of_split"), "i32"
+        ),
         "BLOCK": triton.next_power_of_2(span),
     }
     back = tiles("linear_logprob_entropy_backward", "sm_90")
@@ -281,7 +296,10 @@ def aot_cases() -> list[AotCase]:
     statistics = ("logprob", "entropy", "maximum", "log_sum", "grad_logprob", "grad_entropy")
     backward = {
         **aot_matrices(back),
-        **{"temperature": "*fp32", "labels": "*i64", **dict.fromkeys(statistics, "*fp32"), "out": "*bf16"},
+        "temperature": "*fp32",
+        "labels": "*i64",
+        **dict.fromkeys(statistics, "*fp32"),
+        "out": "*bf16",
         **dict.fromkeys(("N", "C", "H", "stride_x", "stride_w", "first", "ignore_index"), "i32"),
     }
     name = "linear_logprob_entropy"
@@ -290,7 +308,14 @@ def aot_cases() -> list[AotCase]:
         AotCase(f"{name}.tiles", tiles_kernel, forward | constants, aligned=strides, wgmma=True, **options),
         AotCase(f"{name}.rows", rows_kernel, by_row, aligned=("logits", "stride", "first")),
         AotCase(f"{name}.merge", merge_kernel, merging, aligned=("partial",)),
-        AotCase(f"{name}.dlogits", dlogits_kernel, backward | back_constants, aligned=("C", *strides), wgmma=True, **back_options),
+        AotCase(
+            f"{name}.dlogits",
+            dlogits_kernel,
+            backward | back_constants,
+            aligned=("C", *strides),
+            wgmma=True,
+            **back_options,
+        ),
     ]
 
 
@@ -306,6 +331,12 @@ def aot_options(tile: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]
 
 def tune_candidates() -> list[dict[str, Any]]:
     """Plausible tiles of tiles_kernel and dlogits_kernel, in the names of tiles.toml."""
-    shapes = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4))
+    shapes = (
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (64, 256, 64, 4, 4),
+    )
     names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
     return [dict(zip(names, shape, strict=True)) | {"tma": tma} for shape in shapes for tma in (True, False)]

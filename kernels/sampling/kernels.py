@@ -51,7 +51,7 @@ def search(row, t, banned, V, top, least, floor, need, MASS: tl.constexpr, MIN_P
     still leaves enough above it.
     """
     known = tl.full([], 0, tl.int64)
-    for step in range(0, 16):
+    for step in range(16):
         unit = tl.full([], 1, tl.int64) << (30 - 2 * step)
         sum1 = tl.zeros([BLOCK], tl.int64)
         sum2 = tl.zeros([BLOCK], tl.int64)

@@ -35,7 +35,9 @@ def linear_sample(
         )
     for name, x in (("seeds", seeds), ("positions", positions), ("temperature", temperature)):
         if x.shape != rows:
-            raise ValueError(f"linear_sample: {name} {list(x.shape)} must hold one entry for each of the {rows[0]} rows")
+            raise ValueError(
+                f"linear_sample: {name} {list(x.shape)} must hold one entry for each of the {rows[0]} rows"
+            )
     chosen = implementation("linear_sample", backend, hidden, weight)
     if chosen == "triton":
         from kernels.sampling.triton import linear_sample as fused

@@ -157,20 +157,48 @@ def aot_cases() -> list[AotCase]:
     parts = {"partial": "*fp32", "best_token": "*i32"}
     flags = {"MIN_P": True, "BANNED": True}
     cutting = {
-        **{"logits": "*fp32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", **filters, **cuts},
-        **{"V": "i32", "stride": "i32", **flags, "BLOCK": tile["cut_block"]},
+        "logits": "*fp32",
+        "temperature": "*fp32",
+        "top_k": "*i64",
+        "top_p": "*fp32",
+        **filters,
+        **cuts,
+        "V": "i32",
+        "stride": "i32",
+        **flags,
+        "BLOCK": tile["cut_block"],
     }
     drawing = {
-        **{"logits": "*fp32", **draws, **filters, **cuts, **parts},
-        **{"N": "i32", "V": "i32", "stride": "i32", "splits": "i32", **flags, "BLOCK": tile["block"]},
+        "logits": "*fp32",
+        **draws,
+        **filters,
+        **cuts,
+        **parts,
+        "N": "i32",
+        "V": "i32",
+        "stride": "i32",
+        "splits": "i32",
+        **flags,
+        "BLOCK": tile["block"],
     }
     head = tiles("linear_sample", "sm_90")
     options, blocks = aot_options(head)
     sizes = dict.fromkeys(("N", "V", "H", "stride_x", "stride_w", "vocab_start", "splits"), "i32")
     heading = {
-        **{**aot_matrices(head), "temperature": "*fp32", "labels": None, "at_label": None, "partial": "*fp32"},
-        **{"seeds": "*i64", "positions": "*i64", "banned": "*i8", "best_token": "*i32", **sizes},
-        **{"TILES": head["tiles_per_split"], "SAMPLE": True, "BANNED": True, **blocks},
+        **aot_matrices(head),
+        "temperature": "*fp32",
+        "labels": None,
+        "at_label": None,
+        "partial": "*fp32",
+        "seeds": "*i64",
+        "positions": "*i64",
+        "banned": "*i8",
+        "best_token": "*i32",
+        **sizes,
+        "TILES": head["tiles_per_split"],
+        "SAMPLE": True,
+        "BANNED": True,
+        **blocks,
     }
     aligned = ("logits", "V", "stride")
     return [

@@ -1,0 +1,165 @@
+"""Sampling parameters against plain recomputations, streaming, and refused values."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import LLM, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def llm(text_checkpoint: Path) -> LLM:
+    return LLM(text_checkpoint, kv_cache_bytes=1 << 22)
+
+
+@pytest.fixture
+def prompt() -> list[int]:
+    seed = random.randrange(2**31)
+    print(f"seed = {seed}")
+    return [random.Random(seed).randrange(7, 260) for _ in range(9)]
+
+
+def logits_after(llm: LLM, tokens: list[int]) -> torch.Tensor:
+    """The model's own logits for what follows `tokens`, computed from nothing."""
+    llm.reset_prefix_cache()
+    with llm.open(tokens) as sequence:
+        llm.prefill([sequence])
+        assert sequence.last_hidden is not None
+        return llm.model.logits(sequence.last_hidden[None])[0].clone()
+
+
+def complete(llm: LLM, prompt: list[int], **params):
+    params = {"max_tokens": 12, "ignore_eos": True, **params}
+    return llm.generate([prompt], SamplingParams(**params), use_tqdm=False)[0].outputs[0]
+
+
+def test_penalties_are_vllms_formula(llm: LLM, prompt: list[int]) -> None:
+    params = {"presence_penalty": 0.9, "frequency_penalty": 0.7, "repetition_penalty": 1.6}
+    output = complete(llm, prompt, temperature=0, **params)
+    tokens = list(prompt)
+    for token, logprob in zip(output.token_ids, output.logprobs, strict=True):
+        raw = logits_after(llm, tokens)
+        z = raw.clone()
+        for seen in set(tokens):
+            z[seen] = z[seen] / 1.6 if z[seen] > 0 else z[seen] * 1.6
+        for sampled in set(tokens[len(prompt) :]):
+            z[sampled] -= 0.9 + 0.7 * tokens[len(prompt) :].count(sampled)
+        assert token == int(z.argmax())
+        assert logprob == pytest.approx(raw.log_softmax(-1)[token].item(), abs=1e-4)
+        tokens.append(token)
+    assert output.token_ids != complete(llm, prompt, temperature=0).token_ids
+
+
+def test_penalties_survive_preemption_and_forks(text_checkpoint: Path, llm: LLM) -> None:
+    prompts = [[20 + i, 30, 40 + i, 50] for i in range(6)]
+    params = SamplingParams(temperature=0, presence_penalty=2.0, max_tokens=30, ignore_eos=True)
+    tight = LLM(text_checkpoint, block_size=8, kv_cache_bytes=llm.kv.bytes_per_block // 2 * 11)
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    actual = tight.generate(prompts, params, use_tqdm=False)
+    assert tight.stats()["preemptions"] > 0
+    assert [o.outputs[0].token_ids for o in actual] == [o.outputs[0].token_ids for o in expected]
+
+
+def test_bias_and_min_tokens(llm: LLM, prompt: list[int]) -> None:
+    assert complete(llm, prompt, logit_bias={77: 1e4}).token_ids == [77] * 12
+    ended = complete(llm, prompt, logit_bias={77: 1e4}, stop_token_ids=[77])
+    assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == ([77], "stop", 77)
+    later = complete(llm, prompt, logit_bias={77: 1e4}, stop_token_ids=[77], min_tokens=5)
+    assert len(later.token_ids) == 6 and later.token_ids[-1] == 77 and 77 not in later.token_ids[:-1]
+
+
+def test_stop_strings(llm: LLM, prompt: list[int]) -> None:
+    free = complete(llm, prompt, seed=3, max_tokens=40)
+    stop = free.text[11:14]
+    at = free.text.index(stop)
+    output = complete(llm, prompt, seed=3, max_tokens=40, stop=[stop, "never said, surely"])
+    assert (output.text, output.finish_reason, output.stop_reason) == (free.text[:at], "stop", stop)
+    assert output.token_ids == free.token_ids[: len(output.token_ids)]
+    kept = complete(llm, prompt, seed=3, max_tokens=40, stop=stop, include_stop_str_in_output=True)
+    assert kept.text == free.text[: at + len(stop)]
+
+
+def test_bad_words_are_never_completed(llm: LLM, prompt: list[int]) -> None:
+    free = complete(llm, prompt, temperature=0)
+    word = llm.processor.decode(free.token_ids[2:4])
+    output = complete(llm, prompt, temperature=0, bad_words=[word])
+    assert output.token_ids[:3] == free.token_ids[:3]
+    pairs = list(zip(output.token_ids, output.token_ids[1:], strict=False))
+    assert tuple(free.token_ids[2:4]) not in pairs
+
+
+def test_top_and_processed_logprobs(llm: LLM, prompt: list[int]) -> None:
+    params = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "min_p": 0.01, "presence_penalty": 0.5, "seed": 11}
+    output = complete(llm, prompt, logprobs=4, processed_logprobs=True, **params)
+    assert output.top_logprobs is not None and output.processed_logprobs is not None
+    tokens = list(prompt)
+    for index, token in enumerate(output.token_ids):
+        raw = logits_after(llm, tokens)
+        logp = (raw / 0.7).log_softmax(-1)
+        top = dict(zip(logp.topk(4).indices.tolist(), logp.topk(4).values.tolist(), strict=True))
+        assert output.top_logprobs[index] == pytest.approx(top, abs=1e-4)
+        assert output.logprobs[index] == pytest.approx(logp[token].item(), abs=1e-4)
+        shaped = raw.clone()
+        shaped[list(set(tokens[len(prompt) :]))] -= 0.5
+        p = (shaped / 0.7).softmax(-1)
+        kept = p >= 0.01 * p.max()
+        kept &= p >= p[kept].topk(min(5, int(kept.sum()))).values[-1]
+        order = torch.where(kept, p, 0).argsort(descending=True)
+        before = (p * kept)[order].cumsum(0) - (p * kept)[order]
+        kept[order[before >= 0.8 * (p * kept).sum()]] = False
+        expected = (p * kept / (p * kept).sum()).log()[token].item()
+        assert output.processed_logprobs[index] == pytest.approx(expected, abs=1e-4)
+        tokens.append(token)
+
+
+def test_min_p_leaves_only_probable_tokens(llm: LLM, prompt: list[int]) -> None:
+    greedy = complete(llm, prompt, temperature=0).token_ids
+    assert complete(llm, prompt, min_p=1.0, seed=1).token_ids == greedy
+
+
+def test_stream_yields_what_run_returns(llm: LLM, prompt: list[int]) -> None:
+    params = [SamplingParams(seed=seed, max_tokens=3 + seed, ignore_eos=True) for seed in range(3)]
+    with llm.open(prompt) as root:
+        first, second = root.fork(3), root.fork(3)
+        expected = llm.run(first, params)
+        seen: dict[int, list] = {}
+        for sequence, output in llm.stream(second, params):
+            seen.setdefault(second.index(sequence), []).append(output)
+        for index, outputs in seen.items():
+            assert [len(output.token_ids) for output in outputs] == list(range(1, 4 + index))
+            assert [output.finish_reason for output in outputs] == [None] * (2 + index) + ["length"]
+            assert outputs[-1].token_ids == expected[index].token_ids
+            assert outputs[-1].logprobs == pytest.approx(expected[index].logprobs, abs=1e-5)
+        (third,) = root.fork()
+        for _ in llm.stream([third], SamplingParams(max_tokens=50, ignore_eos=True)):
+            break
+        assert not llm.scheduler.has_work and len(third) == len(prompt) + 1
+        for sequence in [*first, *second, third]:
+            sequence.close()
+    assert llm.stats()["blocks_used"] == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"min_tokens": 17}, "min_tokens is 17"),
+        ({"stop": [""]}, "stop is"),
+        ({"stop": "x", "detokenize": False}, "detokenize is False"),
+        ({"logprobs": 0}, "logprobs is 0"),
+        ({"bad_words": [""]}, "bad_words is"),
+    ],
+)
+def test_bad_values_are_named(params: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**params)
+
+
+def test_a_bias_outside_the_vocabulary_is_named(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="token 9999, outside the vocabulary of 320"):
+        complete(llm, [10, 11], logit_bias={9999: 1.0})
+    assert llm.stats()["sequences_open"] == 0
