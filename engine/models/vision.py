@@ -1,6 +1,7 @@
 """Qwen3-VL's vision tower with DeepStack, over packed patches of any number of images."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import VisionConfig
+from kernels import rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +60,13 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> VisionFeatures:
         """pixel_values [P, patch_dim], grid_thw [I, 3] (CPU int64) -> features of P / merge² tokens."""
-        device = pixel_values.device
-        grids = [tuple(row) for row in grid_thw.tolist()]
-        layout = [frame_layout(h, w, self.config.spatial_merge_size) for t, h, w in grids for _ in range(t)]
-        rows, cols = (torch.cat([frame[axis] for frame in layout]).to(device) for axis in range(2))
-        segments = [h * w for t, h, w in grids for _ in range(t)]
-        heights, widths = (
-            torch.tensor([grid[axis] for grid in grids for _ in range(grid[0])]).repeat_interleave(
-                torch.tensor(segments)
-            )
-            for axis in (1, 2)
-        )
+        frames = [(height, width) for time, height, width in grid_thw.tolist() for _ in range(time)]
+        segments = [height * width for height, width in frames]
+        # Frames of one size share what depends on the size alone.
+        tables = {frame: self._tables(*frame, pixel_values.device) for frame in dict.fromkeys(frames)}
+        positions, cos, sin = (torch.cat([tables[frame][i] for frame in frames]) for i in range(3))
         x = self.patch_embed(pixel_values)
-        x = x + self._positions(rows, cols, heights.to(device), widths.to(device)).to(x.dtype)
-        cos, sin = self._rope(rows, cols)
+        x = x + positions.to(x.dtype)
         deepstack = []
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, segments)
@@ -79,11 +74,16 @@ class VisionTower(nn.Module):
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
         return VisionFeatures(self.merger(x), tuple(deepstack))
 
-    def _positions(self, rows: Tensor, cols: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
-        """Learned position table resampled bilinearly (corners aligned) to every image's own grid: [P, hidden]."""
+    def _tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a frame of height x width patches: learned positions [P, hidden], and cos, sin [P, head_dim / 2]."""
+        rows, cols = (axis.to(device) for axis in frame_layout(height, width, self.config.spatial_merge_size))
+        return self._positions(rows, cols, height, width), *self._rope(rows, cols)
+
+    def _positions(self, rows: Tensor, cols: Tensor, height: int, width: int) -> Tensor:
+        """Learned position table resampled bilinearly (corners aligned) to a frame's own grid: [P, hidden]."""
         side = int(self.config.num_position_embeddings**0.5)
-        y = rows * (side - 1) / (heights - 1).clamp(min=1)
-        x = cols * (side - 1) / (widths - 1).clamp(min=1)
+        y = rows * (side - 1) / max(height - 1, 1)
+        x = cols * (side - 1) / max(width - 1, 1)
         y0, x0 = y.floor().long(), x.floor().long()
         y1, x1 = (y0 + 1).clamp(max=side - 1), (x0 + 1).clamp(max=side - 1)
         fy, fx = (y - y0)[:, None], (x - x0)[:, None]
@@ -101,12 +101,14 @@ class VisionTower(nn.Module):
         return angles.cos(), angles.sin()
 
 
+@lru_cache(maxsize=256)
 def frame_layout(height: int, width: int, merge: int) -> tuple[Tensor, Tensor]:
     """Row and column of a frame's patches in the order the processor emits them: merge×merge blocks, row-major."""
-    row = torch.arange(height)[:, None].expand(height, width)
-    col = torch.arange(width)[None, :].expand(height, width)
-    blocks = (height // merge, merge, width // merge, merge)
-    return row.reshape(blocks).transpose(1, 2).flatten(), col.reshape(blocks).transpose(1, 2).flatten()
+    with torch.inference_mode(False):  # what is kept must also serve training
+        row = torch.arange(height)[:, None].expand(height, width)
+        col = torch.arange(width)[None, :].expand(height, width)
+        blocks = (height // merge, merge, width // merge, merge)
+        return row.reshape(blocks).transpose(1, 2).flatten(), col.reshape(blocks).transpose(1, 2).flatten()
 
 
 class PatchEmbed(nn.Module):
@@ -145,7 +147,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
         """x [P, hidden]; `segments` are the patch counts of the frames, each of which attends to itself only."""
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotary(q, k, cos, sin)
         out, start = [], 0
         # Frames of one size are one batched call: a step's crops cost as many calls as there are sizes in a row.
         for length, run in groupby(segments):
@@ -156,13 +158,6 @@ class VisionAttention(nn.Module):
             out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).reshape(count * length, -1))
             start = stop
         return self.proj(torch.cat(out) if len(out) > 1 else out[0])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in fp32, halves paired: x [P, heads, D], cos and sin [P, D / 2]."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class VisionMLP(nn.Module):
