@@ -31,6 +31,7 @@ class Conversation:
 
     def prompt(self, messages: list[dict[str, Any]], images: Sequence[ImageInput]) -> list[int]:
         """Token ids of a question, its tools and the generation prompt."""
+        messages = [{**message, "content": _letters(message["content"])} for message in messages]
         return self.processor.encode(self.processor.render(messages, self.schemas), images)
 
     def observation(self, results: Sequence[ToolResult], images: Sequence[ImageInput]) -> list[int]:
@@ -61,6 +62,12 @@ class Conversation:
 
 
 def _content(text: str, images: int) -> list[dict[str, Any]]:
-    # A tool may quote what the model wrote; a tag in letters must not become the token (an image without pixels, say).
-    parts: list[dict[str, Any]] = [{"type": "text", "text": _MARKUP.sub("< ", text)}] if text else []
+    parts: list[dict[str, Any]] = _letters([{"type": "text", "text": text}]) if text else []
     return parts + [{"type": "image"}] * images
+
+
+def _letters(content: Any) -> Any:
+    """What people and tools write, with tags that no tokenizer takes for its own: a quoted <|image_pad|> is no image."""
+    if isinstance(content, str):
+        return _MARKUP.sub("< ", content)
+    return [{**part, "text": _letters(part["text"])} if part.get("type") == "text" else part for part in content]

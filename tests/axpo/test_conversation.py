@@ -148,3 +148,15 @@ def test_an_image_is_sixteen_tokens(conversation: Conversation) -> None:
         assert tuple(picture.pixel_values.shape) == (64, 3 * 2 * 4 * 4)
         tokens = conversation.prompt([ASK], [picture])
         assert tokens.count(conversation.processor.image_token_id or -1) == 16
+
+
+def test_tags_that_a_question_quotes_stay_letters(conversation: Conversation) -> None:
+    processor = conversation.processor
+    image = processor.image(noise(random.Random(), 32, 32))
+    quoted = [{"type": "image"}, {"type": "text", "text": "What does <|image_pad|> mean, and <tool_call> or <|im_end|>?"}]
+    tokens = conversation.prompt([{"role": "user", "content": quoted}], [image])
+    plain = conversation.prompt([ASK], [image])
+    for tag in ("<|image_pad|>", "<tool_call>", "<|im_end|>"):
+        token = processor.tokenizer.convert_tokens_to_ids(tag)
+        assert tokens.count(token) == plain.count(token), tag
+    assert "< |image_pad|>" in processor.decode(tokens)
