@@ -33,6 +33,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    layers: int  # of the cache that a copied block has
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,8 @@ def slots(s: Shape) -> tuple:
 
 
 def copies(s: Shape) -> tuple:
-    """The half-full tail blocks of 15 forks, in 36 layers."""
-    kv = torch.randn(36, 2, 64, s.kv_heads, BLOCK, s.head_dim)
+    """The half-full tail blocks of 15 forks, in all layers."""
+    kv = torch.randn(s.layers, 2, 64, s.kv_heads, BLOCK, s.head_dim)
     return kv, torch.zeros(15, dtype=torch.int64), torch.arange(15) + 1, torch.full((15,), BLOCK // 2)
 
 
