@@ -2,8 +2,8 @@
 
 On the CPU in fp32, where torch.compile takes a while per case (`-k "not compile"` leaves it out); with CUDA in bf16.
 Each row's extra_info has the bytes and floating-point operations of the work, the floor (the larger of both at the
-speed of a large copy and a large matrix product on this machine), and the share of it that was reached. On the CPU small
-inputs stay in the cache between rounds, and the share may be above 1.
+speed of a large copy and a large matrix product on this machine), and the share of it that was reached. On the CPU
+small inputs stay in the cache between rounds, and the share may be above 1.
 """
 
 import pytest
