@@ -2,11 +2,22 @@
 
 import torch
 
-from kernels._library import LOADED, use_cpp
+from kernels._library import LOADED, choose
+from kernels.tree_attention.reference import tree_attention_reference
+
+__all__ = ["tree_attention", "tree_attention_reference"]
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    subtree_end: torch.Tensor,
+    scale: float,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Attention in which query i sees key t iff t <= i < subtree_end[t]. Returns [T, Hq, D] in the dtype of q.
 
@@ -17,27 +28,23 @@ def tree_attention(
     depend on the number of threads. Raises ValueError for shapes or a subtree_end that do not fit.
     """
     _check(q, k, v, subtree_end)
-    if use_cpp(q, k, v) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+    dim = q.shape[2]
+    chosen = choose(
+        "tree_attention",
+        backend,
+        q,
+        k,
+        v,
+        cpp=dim % 8 == 0 and dim <= 256,
+        triton=q.dtype == k.dtype == v.dtype and q.dtype in TRITON_DTYPES and dim % 16 == 0 and 0 < dim <= 256,
+    )
+    if chosen == "triton":
+        from kernels.tree_attention import triton
+
+        return triton.tree_attention(q, k, v, subtree_end, scale)
+    if chosen == "cpp":
         return torch.ops.axpo.tree_attention(q, k, v, subtree_end, scale)[0]
     return tree_attention_reference(q, k, v, subtree_end, scale)
-
-
-def tree_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """tree_attention in plain torch with a dense mask, any device and dtype; softmax in at least fp32."""
-    tokens, heads, _ = q.shape
-    compute = torch.promote_types(q.dtype, torch.float32)
-    group = heads // k.shape[1]
-    index = torch.arange(tokens, device=q.device)
-    if bool(((subtree_end <= index) | (subtree_end > tokens)).any()):
-        raise ValueError(f"tree_attention: every subtree_end[t] must lie in t + 1 .. {tokens}")
-    visible = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])  # [query, key]
-    keys = k.to(compute).repeat_interleave(group, dim=1)
-    values = v.to(compute).repeat_interleave(group, dim=1)
-    scores = torch.einsum("ihd,jhd->hij", q.to(compute), keys) * scale
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hij,jhd->ihd", weights, values).to(q.dtype)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:
