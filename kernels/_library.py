@@ -44,8 +44,6 @@ def _load(mode: str) -> bool:
 MODE = _read_mode()
 LOADED = _load(MODE)
 TRITON = find_spec("triton") is not None
-# Triton's interpreter runs its kernels on CPU tensors, slowly and exactly: how they are tested without a GPU.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, cpp: bool = True, triton: bool = True) -> str:
@@ -54,6 +52,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, cpp: boo
     backend: an explicit choice, which comes before AXPO_KERNELS, which comes before the automatic one.
     tensors: the floating-point operands (None is passed over); integer operands follow their device.
     cpp, triton: whether that implementation knows the shapes at hand.
+    An explicit "triton" on CPU tensors runs Triton's interpreter (kernels/_triton.py), which is slow.
     Raises ValueError when the explicit choice cannot serve the call. The automatic one falls back to "reference".
     """
     wanted = backend or MODE
@@ -81,8 +80,8 @@ def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, 
             return "triton is not installed"
         if not triton:
             return "the Triton kernel does not know this shape or dtype"
-        if not INTERPRET and not all(t is None or t.is_cuda for t in tensors):
-            return "the tensors are not on a CUDA device (TRITON_INTERPRET=1 runs Triton's interpreter on the CPU)"
+        if not all(t is None or t.is_cuda or t.is_cpu for t in tensors):
+            return "the Triton kernels run on CUDA tensors, and in Triton's interpreter on CPU tensors"
     if backend == "cpp":
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"

@@ -59,7 +59,8 @@ def compile_case(case: AotCase) -> AotResult:
     constants = {k: v for k, v in case.signature.items() if types[k] == "constexpr"}
     names = list(case.signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    fusion = {"enable_fp_fusion": getattr(case.kernel, "fp_fusion", True)}  # as kernels._triton.jit launches it
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **fusion, **case.options}
     source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=attributes)
     compiled = compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
@@ -111,9 +112,8 @@ def main() -> None:
     print("| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |")
     print("|---|--:|--:|--:|--:|--:|")
     for r in results:
-        print(
-            f"| {r.name} | {r.registers} | {r.spill_bytes} | {r.shared_bytes / 1024:.1f} | {r.instructions} | {r.wgmma} |"
-        )
+        shared = f"{r.shared_bytes / 1024:.1f}"
+        print(f"| {r.name} | {r.registers} | {r.spill_bytes} | {shared} | {r.instructions} | {r.wgmma} |")
 
 
 if __name__ == "__main__":
