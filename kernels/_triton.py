@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,43 @@ def tiles(op: str, device: torch.device | str) -> Mapping[str, Any]:
     return _tiles(op, device if isinstance(device, str) else _architecture(device.type, device.index))
 
 
+class Rows(NamedTuple):
+    """The rows of a tensor [..., H] with a dense last dimension: row r is at (r // inner) · outer + (r % inner) · step.
+
+    A view of some heads of a fused projection, or of one half of it, is so read in place.
+    """
+
+    tensor: torch.Tensor
+    inner: int
+    outer: int
+    step: int
+
+
+def rows_of(x: torch.Tensor) -> Rows:
+    """x as rows; copied only when its last dimension is not dense, or more than two others are strided."""
+    if (x.shape[-1] > 1 and x.stride(-1) != 1) or (x.dim() > 3 and not x.is_contiguous()):
+        x = x.contiguous()
+    if x.dim() == 3 and not x.is_contiguous():
+        return Rows(x, x.shape[1], x.stride(0), x.stride(1))
+    return Rows(x, 1, x.stride(0) if x.dim() == 2 else x.shape[-1], 0)
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> Any:
+    """Registers `implementation` as torch.ops.axpo.<name> on the CPU (interpreted) and CUDA; returns the operator.
+
+    The plain definition costs half of what torch.library.custom_op does a call, which shows when decoding.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"axpo::{name}", fake, lib=_library)
+    return getattr(torch.ops.axpo, name).default
+
+
+_library = torch.library.Library("axpo", "FRAGMENT")
+
+
 class Kernel(JITFunction):
     """A JITFunction whose launches on CPU tensors go to the interpreter."""
 
@@ -71,6 +108,17 @@ def _first_tensor(values: tuple) -> torch.Tensor | None:
         if isinstance(base := getattr(value, "base", None), torch.Tensor):  # a TensorDescriptor
             return base
     return None
+
+
+@jit
+def load_rows(x, inner, outer, step, row, column, inside):
+    """Elements column [1, C] of rows row [R] of some Rows in fp32; 0 where not inside [R, C].
+
+    row is int32, as a division of 64 bits would take longer than the load.
+    """
+    quotient = row // inner
+    offset = quotient.to(tl.int64) * outer + (row - quotient * inner).to(tl.int64) * step
+    return tl.load(x + offset[:, None] + column, mask=inside, other=0.0).to(tl.float32)
 
 
 _lock = threading.RLock()

@@ -77,7 +77,7 @@ def compile_case(case: AotCase) -> AotResult:
 
 
 def _is_type(text: str) -> bool:
-    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)", text) is not None
+    return re.fullmatch(r"\*?(i1|[iu](8|16|32|64)|fp(16|32|64)|bf16)|tensordesc<.*>", text) is not None
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
         file.write_bytes(cubin)
         run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", str(file))
-        sass = run(str(tools / "nvdisasm"), "-c", "-plr", str(file))
+        sass = run(str(tools / "nvdisasm"), "-c", str(file))
     return usage, sass
 
 
