@@ -129,23 +129,23 @@ def query_gradient(
 
 @jit
 def _key_gradient(
-    of_k, of_v, k, v, q, grad_out, column, lse, delta, end, key, first, tokens, scale2,
-    MASKED: tl.constexpr, ROWS: tl.constexpr,
+    of_k, of_v, k, v, q, grad_out, lse, delta, end, key, head, first, tokens, scale2,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     query = first + tl.arange(0, ROWS)
-    q_block, g_block = q.load([first, column]), grad_out.load([first, column])
-    if MASKED:
-        lse2 = tl.load(lse + query, mask=query < tokens, other=0.0) * LOG2E
-        shift = tl.load(delta + query, mask=query < tokens, other=0.0)
-    else:
-        lse2 = tl.load(lse + query) * LOG2E
-        shift = tl.load(delta + query)
+    q_block, g_block = q.load([first, head * DIM]), grad_out.load([first, head * DIM])
+    lse += head.to(tl.int64) * tokens
+    delta += head.to(tl.int64) * tokens
+    inside = query < tokens if MASKED else None
+    other = 0.0 if MASKED else None
     scores = tl.dot(k, q_block.T, input_precision="ieee")
-    of_weights = tl.dot(v, g_block.T, input_precision="ieee")
+    lse2 = tl.load(lse + query, mask=inside, other=other) * LOG2E
     weights = tl.math.exp2(scores * scale2 - lse2[None, :])
     if MASKED:
         weights = tl.where((key[:, None] <= query[None, :]) & (query[None, :] < end[:, None]), weights, 0.0)
     of_v = tl.dot(weights.to(g_block.dtype), g_block, of_v, input_precision="ieee")
+    of_weights = tl.dot(v, g_block.T, input_precision="ieee")
+    shift = tl.load(delta + query, mask=inside, other=other)
     of_scores = weights * (of_weights - shift[None, :])
     of_k = tl.dot(of_scores.to(q_block.dtype), q_block, of_k, input_precision="ieee")
     return of_k, of_v
@@ -174,18 +174,18 @@ def key_gradient(
     scale2 = scale * LOG2E
     of_k = tl.zeros((KEYS, DIM), tl.float32)
     of_v = tl.zeros((KEYS, DIM), tl.float32)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        lse_row, delta_row = lse + head.to(tl.int64) * tokens, delta + head.to(tl.int64) * tokens
-        for block in range(full_start, full_stop):
-            of_k, of_v = _key_gradient(
-                of_k, of_v, k_block, v_block, q, grad_out, head * DIM, lse_row, delta_row, end, key,
-                block * ROWS, tokens, scale2, False, ROWS,
-            )  # fmt: skip
-        for n in range(before + stop - full_stop):  # the blocks before and behind those
-            block = tl.where(n < before, start + n, full_stop + n - before)
-            of_k, of_v = _key_gradient(
-                of_k, of_v, k_block, v_block, q, grad_out, head * DIM, lse_row, delta_row, end, key,
-                block * ROWS, tokens, scale2, True, ROWS,
-            )  # fmt: skip
+    full, masked = full_stop - full_start, before + stop - full_stop
+    for n in range(GROUP * full):
+        of_k, of_v = _key_gradient(
+            of_k, of_v, k_block, v_block, q, grad_out, lse, delta, end, key, kv_head * GROUP + n // full,
+            (full_start + n % full) * ROWS, tokens, scale2, False, ROWS, DIM,
+        )  # fmt: skip
+    for n in range(GROUP * masked):
+        block = n % masked  # of those before the full ones, then those behind
+        block += tl.where(block < before, start, full_stop - before)
+        of_k, of_v = _key_gradient(
+            of_k, of_v, k_block, v_block, q, grad_out, lse, delta, end, key, kv_head * GROUP + n // masked,
+            block * ROWS, tokens, scale2, True, ROWS, DIM,
+        )  # fmt: skip
     _store(grad_k, of_k * scale, first_key, kv_head, kv_heads, tokens, KEYS, DIM)
     _store(grad_v, of_v, first_key, kv_head, kv_heads, tokens, KEYS, DIM)
