@@ -72,6 +72,11 @@ def use_cpp(*tensors: torch.Tensor | None) -> bool:
     return LOADED and all(t is None or (t.is_cpu and t.dtype == torch.float32) for t in tensors)
 
 
+def one_narrow_dtype(*tensors: torch.Tensor) -> bool:
+    """Whether all have the same dtype of at most 32 bits, as the element-wise Triton kernels expect."""
+    return tensors[0].dtype != torch.float64 and all(t.dtype == tensors[0].dtype for t in tensors)
+
+
 def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, triton: bool) -> str | None:
     if backend not in BACKENDS:
         return f"there is {', '.join(BACKENDS)}"
