@@ -7,7 +7,8 @@ from kernels.tree_attention.reference import tree_attention_reference
 
 __all__ = ["tree_attention", "tree_attention_reference"]
 
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CPP_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tree_attention(
@@ -24,19 +25,24 @@ def tree_attention(
     q: [T, Hq, D]; k, v: [T, Hk, D] with Hq a multiple of Hk (query head h reads KV head h * Hk // Hq).
     subtree_end: [T] int32 or int64, t < subtree_end[t] <= T: one past the last packed token of the subtree headed by
     t's run, in depth-first order. Independent sequences side by side are the special case of trees of one run.
-    scale: factor on the scores before the softmax. Differentiable in q, k and v; the result and the gradients do not
-    depend on the number of threads. Raises ValueError for shapes or a subtree_end that do not fit.
+    scale: factor on the scores before the softmax.
+    backend: "triton" (16 to 256 elements a head in steps of 16, scale > 0, fp32, bf16 or fp16), "cpp" (up to 256
+    elements in steps of 8, fp32 or bf16) or "reference"; by default the fastest that serves the call.
+    Differentiable in q, k and v. Sums are taken in fp32 or better and in a fixed order: the result and the gradients
+    are the same bits in every run and for any number of threads. Raises ValueError for shapes that do not fit and, except
+    on a GPU, where looking would mean to wait, for a subtree_end that does not.
     """
     _check(q, k, v, subtree_end)
-    dim = q.shape[2]
+    dim, same = q.shape[2], q.dtype == k.dtype == v.dtype
     chosen = choose(
         "tree_attention",
         backend,
         q,
         k,
         v,
-        cpp=dim % 8 == 0 and dim <= 256,
-        triton=q.dtype == k.dtype == v.dtype and q.dtype in TRITON_DTYPES and dim % 16 == 0 and 0 < dim <= 256,
+        cpp=same and dim % 8 == 0 and dim <= 256,
+        cpp_dtypes=CPP_DTYPES,
+        triton=same and q.dtype in TRITON_DTYPES and dim % 16 == 0 and 0 < dim <= 256 and scale > 0,
     )
     if chosen == "triton":
         from kernels.tree_attention import triton
@@ -63,7 +69,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch
 
 
 def _fake_forward(q, k, v, subtree_end, scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def _fake_backward(grad_out, q, k, v, subtree_end, out, lse, scale):

@@ -70,10 +70,11 @@ def forward(
         for _ in range(tl.load(counts + block * 2 + kind)):
             start, stop = tl.load(span), tl.load(span + 1)
             span += 2
-            for key in range(start * KEYS, stop * KEYS, KEYS):
+            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):
                 acc, peak, total = _attend(
                     acc, peak, total, q_block, k, v, column, subtree_end, query, key, tokens, scale2, kind == 1, KEYS
                 )
+    total = tl.where(query < tokens, total, 1.0)  # a row behind the last token has seen nothing
     _store(out, acc / total[:, None], first, head, heads, tokens, ROWS, DIM)
     natural = (peak + tl.math.log2(total)) * LN2
     tl.store(lse + head.to(tl.int64) * tokens + query, natural, mask=query < tokens)
@@ -87,10 +88,10 @@ def _query_gradient(
     k_block = k.load([key, column])
     scores = tl.dot(q, k_block.T, input_precision="ieee")
     of_weights = tl.dot(grad_out, v.load([key, column]).T, input_precision="ieee")
-    weights = tl.math.exp2(scores * scale2 - lse2[:, None])
     if MASKED:
         visible = _visible(query[:, None], key + tl.arange(0, KEYS)[None, :], subtree_end, tokens)
-        weights = tl.where(visible, weights, 0.0)
+        scores = tl.where(visible, scores, float("-inf"))
+    weights = tl.math.exp2(scores * scale2 - lse2[:, None])
     of_scores = weights * (of_weights - delta[:, None])
     return tl.dot(of_scores.to(k_block.dtype), k_block, acc, input_precision="ieee")
 
@@ -119,7 +120,7 @@ def query_gradient(
         for _ in range(tl.load(counts + block * 2 + kind)):
             start, stop = tl.load(span), tl.load(span + 1)
             span += 2
-            for key in range(start * KEYS, stop * KEYS, KEYS):
+            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):
                 acc = _query_gradient(
                     acc, q_block, g_block, lse2, shift, k, v, column, subtree_end, query, key, tokens, scale2,
                     kind == 1, KEYS,
@@ -140,9 +141,10 @@ def _key_gradient(
     other = 0.0 if MASKED else None
     scores = tl.dot(k, q_block.T, input_precision="ieee")
     lse2 = tl.load(lse + query, mask=inside, other=other) * LOG2E
-    weights = tl.math.exp2(scores * scale2 - lse2[None, :])
     if MASKED:
-        weights = tl.where((key[:, None] <= query[None, :]) & (query[None, :] < end[:, None]), weights, 0.0)
+        visible = (key[:, None] <= query[None, :]) & (query[None, :] < end[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    weights = tl.math.exp2(scores * scale2 - lse2[None, :])
     of_v = tl.dot(weights.to(g_block.dtype), g_block, of_v, input_precision="ieee")
     of_weights = tl.dot(v, g_block.T, input_precision="ieee")
     shift = tl.load(delta + query, mask=inside, other=other)

@@ -26,7 +26,7 @@ def tree_attention(
 def _tile(name: str, dim: int, bytes_an_element: int, device: torch.device | str) -> dict[str, int]:
     """The tile of one kernel for heads padded to `dim`."""
     size = "fp32" if bytes_an_element == 4 else max(64, dim)
-    rows, keys, warps, stages = tiles(f"tree_attention_{size}", device)[name]
+    rows, keys, warps, stages = tiles("tree_attention", device)[f"{name}_{size}"]
     return {"ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -147,6 +147,21 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple:
 
 
 torch.library.register_autograd("axpo::triton_tree_attention", _differentiate, setup_context=_save)
+
+
+def tune_candidates() -> list[dict[str, list[int]]]:
+    """Parts of the section of tiles.toml that bench/tune.py measures."""
+    return [
+        {
+            f"forward_{dim}": [128, keys, 8, stages],
+            f"query_gradient_{dim}": [128, 64 if dim == 128 else keys, 8, stages],
+            f"key_gradient_{dim}": [rows, 128, 8, stages],
+        }
+        for dim in (128, 64)
+        for keys in (64, 128)
+        for rows in (32, 64)
+        for stages in (2, 3)
+    ]
 
 
 def aot_cases() -> list[AotCase]:
