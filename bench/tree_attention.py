@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import tree_attention  # noqa: E402
+from kernels import tree_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,13 @@ def sdpa(args: argparse.Namespace) -> tuple[Callable, tuple[torch.Tensor, ...], 
     return call, draw(args, args.rollouts * length), args.rollouts * length * (length + 1) // 2
 
 
-def timed(f: Callable, device: str) -> tuple[float, torch.Tensor]:
+def timed(f: Callable, args: argparse.Namespace) -> tuple[float, torch.Tensor]:
     """Milliseconds and the result."""
-    if device == "cpu":
-        start = time.perf_counter()
+    if args.device == "cpu":
+        clock, factor = (time.perf_counter, 1e3) if args.clock == "wall" else (time.process_time, 1e3 / args.threads)
+        start = clock()
         result = f()
-        return (time.perf_counter() - start) * 1e3, result
+        return (clock() - start) * factor, result
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = f()
@@ -98,19 +99,19 @@ def measure(args: argparse.Namespace) -> list[Row]:
     for turn in range(args.rounds + 1):  # the first warms up
         for name, (call, inputs, _) in systems.items():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            forward, out = timed(lambda: call(*leaves), args.device)  # noqa: B023
+            forward, out = timed(lambda: call(*leaves), args)  # noqa: B023
             grad = torch.randn_like(out)
-            backward, _ = timed(lambda: torch.autograd.grad(out, leaves, grad), args.device)  # noqa: B023
+            backward, _ = timed(lambda: torch.autograd.grad(out, leaves, grad), args)  # noqa: B023
             if turn:
                 best[name] = [min(best[name][0], forward), min(best[name][1], backward)]
             print(f"round {turn}: {name}: forward {forward:.1f} ms, backward {backward:.1f} ms", file=sys.stderr)
     rows = []
     for name, (_, (q, *_), visible) in systems.items():
         forward, backward = best[name]
-        work = 4e-6 * visible * args.heads * args.dim  # two products of two operations an element; the backward has five
-        rows.append(
-            Row(name, q.shape[0], visible, forward, backward, work / forward, 2.5 * work / backward)
-        )
+        work = (
+            4e-6 * visible * args.heads * args.dim
+        )  # two products of two operations an element; the backward has five
+        rows.append(Row(name, q.shape[0], visible, forward, backward, work / forward, 2.5 * work / backward))
     return rows
 
 
@@ -124,8 +125,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backend", choices=("triton", "cpp", "reference"), help="of tree attention; default automatic")
+    parser.add_argument(
+        "--backend", choices=("triton", "cpp", "reference"), help="of tree attention; default automatic"
+    )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=("wall", "cpu"),
+        help="cpu: processor time of all threads over their number, for a machine that others use as well",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and ratios there")
     args = parser.parse_args()

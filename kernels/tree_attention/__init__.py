@@ -29,8 +29,8 @@ def tree_attention(
     backend: "triton" (16 to 256 elements a head in steps of 16, scale > 0, fp32, bf16 or fp16), "cpp" (up to 256
     elements in steps of 8, fp32 or bf16) or "reference"; by default the fastest that serves the call.
     Differentiable in q, k and v. Sums are taken in fp32 or better and in a fixed order: the result and the gradients
-    are the same bits in every run and for any number of threads. Raises ValueError for shapes that do not fit and, except
-    on a GPU, where looking would mean to wait, for a subtree_end that does not.
+    are the same bits in every run and for any number of threads. Raises ValueError for shapes that do not fit, and,
+    outside of "triton", which would have to wait for the GPU to look, for a subtree_end that does not.
     """
     _check(q, k, v, subtree_end)
     dim, same = q.shape[2], q.dtype == k.dtype == v.dtype

@@ -1,7 +1,7 @@
 """The Triton kernels of tree attention: forward; dQ; dK and dV. Launched by triton.py.
 
-Scores are kept in base 2 (log2(e) is part of `scale2`), accumulators in fp32; products of fp32 tensors are fp32. A block
-that every query sees whole takes no mask at all; in the others a pair is visible iff key <= query < subtree_end[key].
+Scores are kept in base 2 (log2(e) is part of `scale2`), accumulators in fp32; products of fp32 tensors are fp32. A
+block that every query sees whole takes no mask; in the others a pair is visible iff key <= query < subtree_end[key].
 q, k, v and grad_out come as tensor descriptors of [T, heads · DIM], which the tensor memory accelerator of sm_90 reads
 without a pointer a thread, and fills up with zeros behind the last token.
 """
@@ -101,7 +101,7 @@ def query_gradient(
     grad_out, out, q, k, v, subtree_end, spans, counts, lse, delta, grad_q, tokens, capacity, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (Hq, query blocks). Also writes delta [Hq, T], the sum over d of out · grad_out, which key_gradient reads."""
+    """Grid (Hq, query blocks). Also writes delta [Hq, T], the sum over d of out · grad_out, for key_gradient."""
     head, heads = tl.program_id(0), tl.num_programs(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first = block * ROWS

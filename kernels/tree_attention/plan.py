@@ -1,9 +1,9 @@
 """Which blocks of keys a block of queries visits, found on the device: spans of blocks, with and without a mask.
 
-The keys that a block of queries sees are the paths to its tokens, which lie apart in a packed tree. A branch in the loop
-over the key blocks would end the pipelining of its loads, and so would not cost less than a visit; a list of single
-blocks would put a load in front of every address. Spans keep the inner loop that of plain attention: a causal row has
-one span without a mask and one, the diagonal, with it.
+The keys that a block of queries sees are the paths to its tokens, which lie apart in a packed tree. A test of every
+block in the loop would be a branch around its loads, which ends their pipelining; a list of single blocks would put a
+load in front of every address. Spans keep the inner loop that of plain attention: a causal row has one span without a
+mask and one, the diagonal, with it.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,10 @@ CHUNK = 1024  # key blocks that a program looks at together
 
 
 class Plan(NamedTuple):
-    """spans: [query blocks, 2, capacity, 2] int32, half-open ranges of key blocks, of which counts [query blocks, 2] are
-    valid; index 0 of the second dimension is for blocks that need no mask, index 1 for those that do."""
+    """Half-open ranges of key blocks, spans [query blocks, 2, capacity, 2] int32, in ascending order.
+
+    counts [query blocks, 2]: how many are valid. Index 0 of both is for blocks without a mask, 1 for those with one.
+    """
 
     spans: torch.Tensor
     counts: torch.Tensor

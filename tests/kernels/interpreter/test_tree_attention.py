@@ -39,15 +39,16 @@ def draw(generator: torch.Generator, tokens: int, q_heads: int, kv_heads: int, d
     return [torch.randn(tokens, heads, dim, generator=generator) for heads in (q_heads, kv_heads, kv_heads, q_heads)]
 
 
-def with_gradients(function, q, k, v, grad, end, scale) -> list[torch.Tensor]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+def with_gradients(function, x, end, scale) -> list[torch.Tensor]:
+    *inputs, grad = x
+    leaves = [t.detach().requires_grad_() for t in inputs]
     out = function(*leaves, end, scale)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def assert_close(found: list[torch.Tensor], x: list[torch.Tensor], end: torch.Tensor, scale: float) -> None:
     """The result and the gradients within what the dtype's own rounding explains, beside float64."""
-    truth = with_gradients(tree_attention_reference, *(t.double() for t in x), end, scale)
+    truth = with_gradients(tree_attention_reference, [t.double() for t in x], end, scale)
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[x[0].dtype]
     for name, a, b in zip(("out", "grad_q", "grad_k", "grad_v"), found, truth, strict=True):
         assert a.shape == b.shape and a.dtype == x[0].dtype, name
@@ -70,7 +71,7 @@ def assert_close(found: list[torch.Tensor], x: list[torch.Tensor], end: torch.Te
 def test_random_trees(generator, tokens, q_heads, kv_heads, dim, dtype):
     end = random_forest(tokens, generator)
     x = [t.to(dtype) for t in draw(generator, tokens, q_heads, kv_heads, dim)]
-    assert_close(with_gradients(by_triton, *x, end, dim**-0.5), x, end, dim**-0.5)
+    assert_close(with_gradients(by_triton, x, end, dim**-0.5), x, end, dim**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_random_trees(generator, tokens, q_heads, kv_heads, dim, dtype):
 )
 def test_particular_trees(generator, end):
     x = [t.bfloat16() for t in draw(generator, len(end), 2, 1, 32)]
-    assert_close(with_gradients(by_triton, *x, end, 0.2), x, end, 0.2)
+    assert_close(with_gradients(by_triton, x, end, 0.2), x, end, 0.2)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(16, 16), (32, 16), (16, 64)])
@@ -128,7 +129,7 @@ def test_a_branch_in_a_tree_equals_its_path_alone(generator):
 def test_same_bits_in_every_run(generator):
     end = random_forest(200, generator)
     x = [t.bfloat16() for t in draw(generator, 200, 4, 2, 32)]
-    for a, b in zip(*(with_gradients(by_triton, *x, end, 0.2) for _ in range(2)), strict=True):
+    for a, b in zip(*(with_gradients(by_triton, x, end, 0.2) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -148,8 +149,8 @@ def test_peaked_and_offset_scores(generator, shift):
     x = draw(generator, 60, 2, 1, 32)
     x[0][..., 0], x[1][..., 0] = 40.0, shift / 40.0
     end = random_forest(60, generator)
-    found = with_gradients(by_triton, *x, end, 1.0)
-    truth = with_gradients(tree_attention_reference, *(t.double() for t in x), end, 1.0)
+    found = with_gradients(by_triton, x, end, 1.0)
+    truth = with_gradients(tree_attention_reference, [t.double() for t in x], end, 1.0)
     for a, b in zip(found, truth, strict=True):
         assert torch.isfinite(a).all()
         assert (a - b).norm() < 2e-3 * b.norm()
@@ -176,7 +177,7 @@ def test_lse_is_natural(generator):
 
 def test_no_tokens(generator):
     x = draw(generator, 0, 4, 2, 32)
-    found = with_gradients(by_triton, *x, torch.zeros(0, dtype=torch.int64), 1.0)
+    found = with_gradients(by_triton, x, torch.zeros(0, dtype=torch.int64), 1.0)
     assert [t.shape for t in found] == [t.shape for t in (x[0], *x[:3])]
 
 
@@ -193,8 +194,8 @@ def test_strides_and_int32_ends(generator, layout):
     else:
         grad = torch.ones((), dtype=q.dtype).expand(grad.shape)
         x = [q, k, v, grad]
-    plain = with_gradients(by_triton, q, k, v, grad.contiguous(), end, 0.2)
-    for a, b in zip(plain, with_gradients(by_triton, *x, end.int(), 0.2), strict=True):
+    plain = with_gradients(by_triton, [q, k, v, grad.contiguous()], end, 0.2)
+    for a, b in zip(plain, with_gradients(by_triton, x, end.int(), 0.2), strict=True):
         assert torch.equal(a, b)
 
 
@@ -221,7 +222,7 @@ def test_under_activation_checkpointing(generator):
     def again(q, k, v, end, scale):
         return torch.utils.checkpoint.checkpoint(by_triton, q, k, v, end, scale, use_reentrant=False)
 
-    for a, b in zip(with_gradients(by_triton, *x, end, 0.2), with_gradients(again, *x, end, 0.2), strict=True):
+    for a, b in zip(with_gradients(by_triton, x, end, 0.2), with_gradients(again, x, end, 0.2), strict=True):
         assert torch.equal(a, b)
 
 
@@ -237,5 +238,5 @@ def test_what_it_does_not_serve_is_an_error(generator, dim, dtype, scale):
 def test_agrees_with_the_cpu_kernel(generator):
     x = draw(generator, 70, 4, 2, 32)
     end = random_forest(70, generator)
-    for a, b in zip(with_gradients(by_triton, *x, end, 0.2), with_gradients(tree_attention, *x, end, 0.2), strict=True):
+    for a, b in zip(with_gradients(by_triton, x, end, 0.2), with_gradients(tree_attention, x, end, 0.2), strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=2e-5)
