@@ -85,6 +85,7 @@ class Case:
     def peer(self, name: str) -> Callable:
         """Another implementation: "torch" (its own operation, or the reference), "compile", or one of `peers`."""
         if name == "compile":
+            torch.compiler.reset()  # else the same reference at many shapes meets the limit of recompilations
             return torch.compile(self.reference, dynamic=False)
         return self.peers.get(name, self.reference)
 

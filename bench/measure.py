@@ -10,12 +10,12 @@ import torch
 L2_BYTES = 128 << 20  # more than any GPU's
 
 
-def gradient_call(function: Callable, arguments: tuple, inputs: int) -> Callable[[], object]:
+def gradient_call(function: Callable, arguments: tuple, inputs: int) -> Callable[[], tuple]:
     """The backward pass alone: gradients of the first `inputs` arguments through one forward pass that is kept."""
     leaves = [a.detach().requires_grad_() for a in arguments[:inputs]]
     outputs = function(*leaves, *arguments[inputs:])
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-    grads = [torch.randn_like(o) for o in outputs]
+    grads = [torch.randn(o.shape, dtype=torch.float32, device=o.device).to(o.dtype) for o in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
@@ -65,9 +65,9 @@ def workspace_bytes(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats()
     outputs = call()
     torch.cuda.synchronize()
-    return max(torch.cuda.max_memory_allocated() - before - max(torch.cuda.memory_allocated() - before, 0), 0) * (
-        outputs is not None
-    )
+    beyond = torch.cuda.max_memory_allocated() - max(torch.cuda.memory_allocated(), before)
+    del outputs
+    return beyond
 
 
 @cache
