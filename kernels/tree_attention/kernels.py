@@ -65,12 +65,12 @@ def forward(
     acc = tl.zeros((ROWS, DIM), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for kind in tl.static_range(2):
+    for kind in tl.static_range(2):  # pyright: ignore
         span = spans + (block * 2 + kind).to(tl.int64) * capacity * 2
         for _ in range(tl.load(counts + block * 2 + kind)):
             start, stop = tl.load(span), tl.load(span + 1)
             span += 2
-            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):
+            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):  # pyright: ignore
                 acc, peak, total = _attend(
                     acc, peak, total, q_block, k, v, column, subtree_end, query, key, tokens, scale2, kind == 1, KEYS
                 )
@@ -115,12 +115,12 @@ def query_gradient(
     q_block = q.load([first, head * DIM])
     scale2 = scale * LOG2E
     acc = tl.zeros((ROWS, DIM), tl.float32)
-    for kind in tl.static_range(2):
+    for kind in tl.static_range(2):  # pyright: ignore
         span = spans + (block * 2 + kind).to(tl.int64) * capacity * 2
         for _ in range(tl.load(counts + block * 2 + kind)):
             start, stop = tl.load(span), tl.load(span + 1)
             span += 2
-            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):
+            for key in tl.range(start * KEYS, stop * KEYS, KEYS, num_stages=1 if kind else None):  # pyright: ignore
                 acc = _query_gradient(
                     acc, q_block, g_block, lse2, shift, k, v, column, subtree_end, query, key, tokens, scale2,
                     kind == 1, KEYS,
