@@ -106,5 +106,5 @@ def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, 
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"
         if not cpp:
-            return "the C++ kernels serve fp32 tensors on the CPU, of shapes that their docstring names"
+            return "the C++ kernels serve tensors on the CPU, of dtypes and shapes that their docstring names"
     return None

@@ -23,6 +23,7 @@ MODULES = (  # "kernels.<op>.triton" of every operation that has a Triton form
     "kernels.rotary.triton",
     "kernels.sampling.triton",
     "kernels.swiglu.triton",
+    "kernels.tree_attention.triton",
 )
 
 

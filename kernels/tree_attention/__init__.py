@@ -2,42 +2,55 @@
 
 import torch
 
-from kernels._library import LOADED, use_cpp
+from kernels._library import LOADED, choose
+from kernels.tree_attention.reference import tree_attention_reference
+
+__all__ = ["tree_attention", "tree_attention_reference"]
+
+CPP_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    subtree_end: torch.Tensor,
+    scale: float,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Attention in which query i sees key t iff t <= i < subtree_end[t]. Returns [T, Hq, D] in the dtype of q.
 
     q: [T, Hq, D]; k, v: [T, Hk, D] with Hq a multiple of Hk (query head h reads KV head h * Hk // Hq).
     subtree_end: [T] int32 or int64, t < subtree_end[t] <= T: one past the last packed token of the subtree headed by
     t's run, in depth-first order. Independent sequences side by side are the special case of trees of one run.
-    scale: factor on the scores before the softmax. Differentiable in q, k and v; the result and the gradients do not
-    depend on the number of threads. Raises ValueError for shapes or a subtree_end that do not fit.
+    scale: factor on the scores before the softmax.
+    backend: "triton" (16 to 256 elements a head in steps of 16, scale > 0, fp32, bf16 or fp16), "cpp" (up to 256
+    elements in steps of 8, fp32 or bf16) or "reference"; by default the fastest that serves the call.
+    Differentiable in q, k and v. Sums are taken in fp32 or better and in a fixed order: the result and the gradients
+    are the same bits in every run and for any number of threads. Raises ValueError for shapes that do not fit, and,
+    outside of "triton", which would have to wait for the GPU to look, for a subtree_end that does not.
     """
     _check(q, k, v, subtree_end)
-    if use_cpp(q, k, v) and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+    dim, same = q.shape[2], q.dtype == k.dtype == v.dtype
+    chosen = choose(
+        "tree_attention",
+        backend,
+        q,
+        k,
+        v,
+        cpp=same and dim % 8 == 0 and dim <= 256,
+        cpp_dtypes=CPP_DTYPES,
+        triton=same and q.dtype in TRITON_DTYPES and dim % 16 == 0 and 0 < dim <= 256 and scale > 0,
+    )
+    if chosen == "triton":
+        from kernels.tree_attention import triton
+
+        return triton.tree_attention(q, k, v, subtree_end, scale)
+    if chosen == "cpp":
         return torch.ops.axpo.tree_attention(q, k, v, subtree_end, scale)[0]
     return tree_attention_reference(q, k, v, subtree_end, scale)
-
-
-def tree_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """tree_attention in plain torch with a dense mask, any device and dtype; softmax in at least fp32."""
-    tokens, heads, _ = q.shape
-    compute = torch.promote_types(q.dtype, torch.float32)
-    group = heads // k.shape[1]
-    index = torch.arange(tokens, device=q.device)
-    if bool(((subtree_end <= index) | (subtree_end > tokens)).any()):
-        raise ValueError(f"tree_attention: every subtree_end[t] must lie in t + 1 .. {tokens}")
-    visible = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])  # [query, key]
-    keys = k.to(compute).repeat_interleave(group, dim=1)
-    values = v.to(compute).repeat_interleave(group, dim=1)
-    scores = torch.einsum("ihd,jhd->hij", q.to(compute), keys) * scale
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hij,jhd->ihd", weights, values).to(q.dtype)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:
@@ -56,7 +69,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch
 
 
 def _fake_forward(q, k, v, subtree_end, scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def _fake_backward(grad_out, q, k, v, subtree_end, out, lse, scale):
