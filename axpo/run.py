@@ -111,7 +111,8 @@ class Run:
     def evaluate_before(self) -> None:
         if self.step == 0 and self.config.eval.questions:
             self.log.print(f"evaluating {self.config.model.path} on {self.config.eval.questions} held-out questions …")
-            self.evaluate()
+            with self.spans("evaluation"):
+                self.evaluate()
 
     def evaluate(self) -> None:
         """Evaluates the policy of this step and writes evaluation/step_000010.json."""

@@ -47,7 +47,7 @@ PRACTICE = Style(0.6, 0.3, miss=0.0, describe=0.5)
 CROPS = Style(1.0, 0.2, miss=0.0, describe=0.1)
 """Teaches to read crops."""
 
-TEACHER = Style(0.42, 0.06, miss=0.7, describe=0.0)
+TEACHER = Style(0.43, 0.08, miss=0.55, describe=0.0)
 """Gives the SFT model the symptoms that the paper starts from: rare calls, which mostly fail."""
 
 STYLES = {"practice": PRACTICE, "crops": CROPS, "teacher": TEACHER}
