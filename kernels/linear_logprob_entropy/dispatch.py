@@ -9,7 +9,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def implementation(op: str, backend: str | None, hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    """"triton", "chunked" or "reference"; the last only on request, as it needs the memory that the others save."""
+    """ "triton", "chunked" or "reference"; the last only on request, as it needs the memory that the others save."""
     chosen = choose(
         op,
         backend,

@@ -3,6 +3,10 @@
 With SAMPLE the same pass also draws a token: it adds the sampler's noise to every logit and keeps the best.
 """
 
+# What a kernel's names are, Triton decides: its stubs describe the Python objects, not the compiled language.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 import triton.language as tl
 
 from kernels._triton import jit
@@ -11,7 +15,7 @@ from kernels.sampling.device import best_of, gumbel_tile, keep_better
 
 
 # fp_fusion off: the noise must be the reference's bit for bit, and then the other case keeps the same bits.
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "vocab_start", "splits"])
 def tiles_kernel(
     x,
     w,
@@ -72,11 +76,9 @@ def tiles_kernel(
         label = tl.load(labels + rows, mask=inside, other=-1) - vocab_start
 
     first = split * TILES * BLOCK_N
-    for tile in range(0, tl.minimum(TILES, tl.cdiv(V - first, BLOCK_N))):
+    for tile in range(tl.minimum(TILES, tl.cdiv(V - first, BLOCK_N))):
         column = first + tile * BLOCK_N
-        logits = logits_tile(
-            x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA
-        )
+        logits = logits_tile(x, w, row, column, N, V, H, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         columns = column + tl.arange(0, BLOCK_N)
         logits = tl.where(columns[None, :] < V, logits, -float("inf"))
         if SAMPLE:
@@ -105,7 +107,7 @@ def tiles_kernel(
         tl.store(best_token + split.to(tl.int64) * N + rows, token, mask=inside)
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "first", "first_split", "splits", "vocab_start", "columns_of_split"])
 def rows_kernel(
     logits,
     temperature,
@@ -144,7 +146,7 @@ def rows_kernel(
         tl.store(at_label + row, tl.load(logits + row * stride + label))
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "splits", "ignore_index"])
 def merge_kernel(
     partial,
     temperature,

@@ -141,4 +141,3 @@ def _keep_top_p(z: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 def _first_argmax(x: torch.Tensor) -> torch.Tensor:
     ids = torch.arange(x.shape[1], device=x.device)
     return torch.where(x == x.amax(1, keepdim=True), ids, x.shape[1]).amin(1)
-

@@ -13,7 +13,7 @@ import triton
 from kernels._triton import tiles
 from kernels.aot import AotCase
 from kernels.linear_logprob_entropy.kernel_forward import tiles_kernel
-from kernels.linear_logprob_entropy.triton import aot_matrices, aot_options, dense, merge, operand
+from kernels.linear_logprob_entropy.triton import aot_matrices, aot_options, dense, merge, operand, tile_of
 from kernels.sampling.kernels import cut_kernel, draw_kernel
 
 
@@ -93,7 +93,7 @@ def linear_sample(
     (n, h), v = hidden.shape, weight.shape[0]
     seeds, positions, temperature = (x.contiguous() for x in (seeds, positions, temperature))
     mask = mask_of(banned, v, hidden.device)
-    tile = tiles("linear_sample", hidden.device)
+    tile = tile_of("linear_sample", hidden)
     splits = triton.cdiv(v, tile["tiles_per_split"] * tile["block_n"])
     partial = temperature.new_empty((5, splits, n))
     best_token = temperature.new_empty((splits, n), dtype=torch.int32)
@@ -157,20 +157,48 @@ def aot_cases() -> list[AotCase]:
     parts = {"partial": "*fp32", "best_token": "*i32"}
     flags = {"MIN_P": True, "BANNED": True}
     cutting = {
-        **{"logits": "*fp32", "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", **filters, **cuts},
-        **{"V": "i32", "stride": "i32", **flags, "BLOCK": tile["cut_block"]},
+        "logits": "*fp32",
+        "temperature": "*fp32",
+        "top_k": "*i64",
+        "top_p": "*fp32",
+        **filters,
+        **cuts,
+        "V": "i32",
+        "stride": "i32",
+        **flags,
+        "BLOCK": tile["cut_block"],
     }
     drawing = {
-        **{"logits": "*fp32", **draws, **filters, **cuts, **parts},
-        **{"N": "i32", "V": "i32", "stride": "i32", "splits": "i32", **flags, "BLOCK": tile["block"]},
+        "logits": "*fp32",
+        **draws,
+        **filters,
+        **cuts,
+        **parts,
+        "N": "i32",
+        "V": "i32",
+        "stride": "i32",
+        "splits": "i32",
+        **flags,
+        "BLOCK": tile["block"],
     }
     head = tiles("linear_sample", "sm_90")
     options, blocks = aot_options(head)
     sizes = dict.fromkeys(("N", "V", "H", "stride_x", "stride_w", "vocab_start", "splits"), "i32")
     heading = {
-        **{**aot_matrices(head), "temperature": "*fp32", "labels": None, "at_label": None, "partial": "*fp32"},
-        **{"seeds": "*i64", "positions": "*i64", "banned": "*i8", "best_token": "*i32", **sizes},
-        **{"TILES": head["tiles_per_split"], "SAMPLE": True, "BANNED": True, **blocks},
+        **aot_matrices(head),
+        "temperature": "*fp32",
+        "labels": None,
+        "at_label": None,
+        "partial": "*fp32",
+        "seeds": "*i64",
+        "positions": "*i64",
+        "banned": "*i8",
+        "best_token": "*i32",
+        **sizes,
+        "TILES": head["tiles_per_split"],
+        "SAMPLE": True,
+        "BANNED": True,
+        **blocks,
     }
     aligned = ("logits", "V", "stride")
     return [
@@ -187,8 +215,14 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-def tune_candidates() -> list[dict[str, Any]]:
-    """Plausible tiles of linear_sample, in the names of tiles.toml."""
-    shapes = ((64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 6))
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-    return [dict(zip(names, shape, strict=True)) | {"tma": tma} for shape in shapes for tma in (True, False)]
+def tune_candidates() -> dict[str, list[dict[str, Any]]]:
+    """What bench/tune.py lays over each section of tiles.toml."""
+    shapes = ((64, 128, 128, 8), (64, 64, 128, 4), (64, 256, 64, 8), (128, 128, 64, 8))
+    head = [{"block_m": m, "block_n": n, "block_k": k, "num_warps": w} for m, n, k, w in shapes]
+    return {
+        "sample": [
+            *({"block": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16)),
+            *({"cut_block": block, "cut_warps": warps} for block in (2048, 4096, 8192) for warps in (8, 16, 32)),
+        ],
+        "linear_sample": [*head, {"num_stages": 3}, {"tma": False}, {"tiles_per_split": 2}],
+    }

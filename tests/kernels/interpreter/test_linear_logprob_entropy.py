@@ -1,5 +1,6 @@
 """The Triton LM head, interpreted: against fp64 autograd on easy and nasty logits, its invariants, and its shards."""
 
+import itertools
 import math
 
 import pytest
@@ -211,7 +212,7 @@ def test_shards_merge_to_the_whole(shards, generator, tile):
     hidden, weight, labels, temperature, g, h = problem(24, 400, generator)
     labels[5] = -100
     cuts = [0, *sorted((torch.randperm(399, generator=generator)[: shards - 1] + 1).tolist()), 400]
-    parts = [weight[a:b].clone().requires_grad_() for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [weight[a:b].clone().requires_grad_() for a, b in itertools.pairwise(cuts)]
     options = {"backend": "triton"}
     states = torch.stack(
         [linear_logprob_state(hidden, w, labels, temperature, a, **options) for w, a in zip(parts, cuts, strict=False)]
@@ -236,7 +237,7 @@ def test_workspace_at_the_size_that_counts():
 
 
 def test_opcheck_and_one_graph(generator, tile):
-    hidden, weight, labels, temperature, g, h = problem(6, 50, generator)
+    hidden, weight, labels, temperature, *_ = problem(6, 50, generator)
     arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, temperature, -100)
     torch.library.opcheck(module.fused, arguments)
     torch.library.opcheck(module.state, (hidden.detach(), weight.detach(), labels, temperature, 3))
@@ -251,4 +252,6 @@ def test_opcheck_and_one_graph(generator, tile):
 
 def test_what_it_does_not_serve_is_named():
     with pytest.raises(ValueError, match="does not know this shape or dtype"):
-        linear_logprob_entropy(torch.ones(2, 4).double(), torch.ones(3, 4).double(), torch.zeros(2).long(), backend="triton")
+        linear_logprob_entropy(
+            torch.ones(2, 4).double(), torch.ones(3, 4).double(), torch.zeros(2).long(), backend="triton"
+        )

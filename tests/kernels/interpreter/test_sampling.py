@@ -19,8 +19,17 @@ def tile(monkeypatch):
 
     def use(**sizes):
         base = {"block": 128, "cut_block": 128, "cut_warps": 4, "num_warps": 4}
-        matrix = {"block_m": 32, "block_n": 128, "block_k": 64, "tiles_per_split": 2, "group": 2, "tma": False}
-        monkeypatch.setattr(module, "tiles", lambda op, device: base | matrix | {"num_stages": 2} | sizes)
+        matrix = {
+            "forward": "tiles",
+            "block_m": 32,
+            "block_n": 128,
+            "block_k": 64,
+            "tiles_per_split": 2,
+            "group": 2,
+            "tma": False,
+        }
+        for where in (module, head):
+            monkeypatch.setattr(where, "tiles", lambda op, device: base | matrix | {"num_stages": 2} | sizes)
 
     use()
     return use
@@ -59,7 +68,13 @@ def test_ties(tile):
     tile(block=8, cut_block=8)
     flat, signed = [0.0] * 8, [-0.0, 0.0, -1.0, 0.0, -torch.inf, -1.0, -1.0, -1.0]
     cases = [(flat, 0, 1e-9, 0), (flat, 3, 1, 0), (flat, 0, 0.5, 0), (flat, 0, 0.51, 1), (flat, 7, 0.9999999, 0.9)]
-    cases += [(signed, 3, 0.3, 0), (signed, 0, 0.7, 0), (signed, 4, 0.9, 0.3), (signed, 7, 1, 0.9), (signed, 5, 0.99, 0)]
+    cases += [
+        (signed, 3, 0.3, 0),
+        (signed, 0, 0.7, 0),
+        (signed, 4, 0.9, 0.3),
+        (signed, 7, 1, 0.9),
+        (signed, 5, 0.99, 0),
+    ]
     rows = torch.arange(len(cases))
     logits, top_k, top_p, min_p = (torch.tensor(x) for x in zip(*cases, strict=True))
     for step in range(2):
@@ -121,7 +136,9 @@ def test_linear_sample_equals_sample_on_its_logits(n, v, tma, dtype, generator, 
     theirs = sample_reference(hidden.float() @ weight.float().T, *rows, *off, banned)
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-5, atol=1e-5)
-    trained = linear_logprob_entropy(hidden, weight, ours[0], torch.where(temperature == 0, 1.0, temperature), backend="triton")
+    trained = linear_logprob_entropy(
+        hidden, weight, ours[0], torch.where(temperature == 0, 1.0, temperature), backend="triton"
+    )
     torch.testing.assert_close(ours[1:], trained, rtol=1e-6, atol=1e-6)  # what the trainer will recompute
 
 
