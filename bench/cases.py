@@ -211,6 +211,12 @@ def sample_work(logits, *_) -> Work:
     return Work(size(logits))
 
 
+def head_sampling(s: Shape) -> tuple:
+    hidden, weight = torch.randn(s.sequences, s.hidden), torch.randn(s.vocabulary, s.hidden)
+    rows = torch.arange(s.sequences)
+    return hidden, weight.mul_(3 * s.hidden**-0.5), rows, rows, torch.ones(s.sequences, dtype=torch.float32)
+
+
 CASES = (
     Case(
         name="rmsnorm",
@@ -347,6 +353,14 @@ CASES = (
         function="sample",
         arguments=lambda s: sampling(s, top_p=0.9),
         forward=sample_work,
+        compiled=False,
+    ),
+    Case(
+        name="linear_sample",
+        module="kernels.sampling",
+        function="linear_sample",
+        arguments=head_sampling,
+        forward=lambda hidden, weight, *_: head_work(1)(hidden, weight, None),
         compiled=False,
     ),
 )

@@ -3,6 +3,10 @@
 With SAMPLE the same pass also draws a token: it adds the sampler's noise to every logit and keeps the best.
 """
 
+# What a kernel's names are, Triton decides: its stubs describe the Python objects, not the compiled language.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 import triton.language as tl
 
 from kernels._triton import jit
@@ -11,7 +15,7 @@ from kernels.sampling.device import best_of, gumbel_tile, keep_better
 
 
 # fp_fusion off: the noise must be the reference's bit for bit, and then the other case keeps the same bits.
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "vocab_start", "splits"])
 def tiles_kernel(
     x,
     w,
@@ -103,7 +107,7 @@ def tiles_kernel(
         tl.store(best_token + split.to(tl.int64) * N + rows, token, mask=inside)
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "first", "first_split", "splits", "vocab_start", "columns_of_split"])
 def rows_kernel(
     logits,
     temperature,
@@ -142,7 +146,7 @@ def rows_kernel(
         tl.store(at_label + row, tl.load(logits + row * stride + label))
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "splits", "ignore_index"])
 def merge_kernel(
     partial,
     temperature,

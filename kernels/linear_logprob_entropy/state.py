@@ -35,7 +35,7 @@ def temperature_of_rows(temperature: float | torch.Tensor, hidden: torch.Tensor)
 
 
 def merge_states(states: torch.Tensor) -> torch.Tensor:
-    """[R, N, 4] states over disjoint columns -> [N, 4] over all of them. A state without columns is (−inf, 0, 0, −inf)."""
+    """[R, N, 4] states over disjoint columns -> [N, 4] over all. One without columns is (−inf, 0, 0, −inf)."""
     maximum, total, centred, at_label = states.unbind(-1)
     new = maximum.amax(0)
     # A finite stand-in for −inf, as −inf − −inf and 0 · −inf are NaN; e^−10000 is 0 in fp64.

@@ -23,6 +23,8 @@ from kernels.linear_logprob_entropy.kernel_forward import merge_kernel, rows_ker
 # What a chunk of fp32 logits ("matmul" forward) or of their gradient (backward) may take.
 CHUNK_BYTES = 256 << 20
 MERGE_ROWS, MERGE_SPLITS = 8, 128
+# fp32 products run outside the tensor cores, to keep their digits, and need far more registers.
+FP32_TILE = {"block_m": 64, "block_n": 64, "tma": False, "num_warps": 4, "num_stages": 2}
 
 
 @torch.library.custom_op("axpo::triton_linear_logprob_entropy", mutates_args=())
@@ -74,7 +76,7 @@ def backward(
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     if n == 0 or v == 0:
         return grad_hidden.to(hidden.dtype), grad_weight.zero_()
-    tile = tiles("linear_logprob_entropy_backward", hidden.device)
+    tile = tile_of("linear_logprob_entropy_backward", hidden)
     per_row = [x.contiguous() for x in (logprob, entropy, maximum, log_sum, grad_logprob, grad_entropy)]
     width = chunk_columns(n * hidden.element_size(), tile["block_n"], v)
     memory = hidden.new_empty(n * width)
@@ -114,7 +116,7 @@ def partials(
     """(partial [3, splits, N], at_label [N]) of tiles_kernel, by the form that tiles.toml names."""
     hidden, weight = dense(hidden), dense(weight)
     (n, h), v = hidden.shape, weight.shape[0]
-    tile = tiles("linear_logprob_entropy", hidden.device)
+    tile = tile_of("linear_logprob_entropy", hidden)
     span = tile["tiles_per_split"] * tile["block_n"]
     splits = triton.cdiv(v, span)
     partial = temperature.new_empty((3, splits, n))
@@ -172,6 +174,12 @@ def merge(partial: torch.Tensor, temperature: torch.Tensor, ignore_index: int = 
         BLOCK_M=MERGE_ROWS,
         BLOCK_S=MERGE_SPLITS,
     )
+
+
+def tile_of(op: str, x: torch.Tensor) -> Mapping[str, Any]:
+    """tiles.toml's sizes for x's device, and FP32_TILE's in their place for fp32 on a GPU."""
+    tile = tiles(op, x.device)
+    return {**tile, **FP32_TILE} if x.is_cuda and x.element_size() == 4 else tile
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -323,20 +331,18 @@ def aot_matrices(tile: Mapping[str, Any]) -> dict[str, str]:
     return {x: f"tensordesc<bf16[{tile[f'block_{side}']},{tile['block_k']}]>" for x, side in (("x", "m"), ("w", "n"))}
 
 
-def aot_options(tile: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+def aot_options(tile: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(num_warps and num_stages, the constexprs) of operand's options on a GPU."""
     blocks = {name: tile[name.lower()] for name in ("GROUP", "BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return {key: tile[key] for key in ("num_warps", "num_stages")}, blocks | {"TMA": True}
 
 
-def tune_candidates() -> list[dict[str, Any]]:
-    """Plausible tiles of tiles_kernel and dlogits_kernel, in the names of tiles.toml."""
-    shapes = (
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
-        (128, 128, 64, 8, 4),
-        (256, 128, 64, 8, 3),
-        (64, 256, 64, 4, 4),
-    )
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-    return [dict(zip(names, shape, strict=True)) | {"tma": tma} for shape in shapes for tma in (True, False)]
+def tune_candidates() -> dict[str, list[dict[str, Any]]]:
+    """What bench/tune.py lays over each section of tiles.toml."""
+    shapes = [{"block_m": m, "block_n": n, "num_warps": w} for m, n, w in ((128, 256, 8), (256, 128, 8), (128, 128, 8))]
+    common = [*shapes, {"num_stages": 3}, {"num_stages": 4}, {"tma": False}, {"group": 8}, {"group": 32}]
+    splits = [{"tiles_per_split": count} for count in (1, 2, 4, 8)]
+    return {
+        "linear_logprob_entropy": [*common, *splits, {"forward": "matmul", "tiles_per_split": 16}],
+        "linear_logprob_entropy_backward": common,
+    }

@@ -3,10 +3,18 @@
 import torch
 
 from kernels._library import LOADED, choose
-from kernels.sampling.linear import linear_sample
+from kernels.sampling.linear import linear_sample, linear_sample_reference
 from kernels.sampling.reference import gumbel_noise, philox4x32, sample_reference, truncate
 
-__all__ = ["gumbel_noise", "linear_sample", "philox4x32", "sample", "sample_reference", "truncate"]
+__all__ = [
+    "gumbel_noise",
+    "linear_sample",
+    "linear_sample_reference",
+    "philox4x32",
+    "sample",
+    "sample_reference",
+    "truncate",
+]
 
 
 def sample(

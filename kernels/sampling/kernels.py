@@ -1,5 +1,9 @@
 """Triton kernels of sample: where top-k and top-p cut a row, and the draw from what is left."""
 
+# What a kernel's names are, Triton decides: its stubs describe the Python objects, not the compiled language.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 import triton.language as tl
 
 from kernels._triton import jit
@@ -114,7 +118,7 @@ def cut_kernel(
         highest = tl.max(peaks, 0)
 
     key = tl.full([], 0, tl.int64)
-    final = V + 0
+    final = tl.full([], 0, tl.int32) + V
     if by_count:
         key = search(row, t, banned, V, highest, least, key, k.to(tl.float64), False, MIN_P, BANNED, BLOCK)
     if by_mass:
@@ -153,7 +157,7 @@ def cut_kernel(
     tl.store(top + program, highest)
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["N", "splits"])
 def draw_kernel(
     logits,
     seeds,

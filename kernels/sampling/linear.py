@@ -39,21 +39,46 @@ def linear_sample(
                 f"linear_sample: {name} {list(x.shape)} must hold one entry for each of the {rows[0]} rows"
             )
     chosen = implementation("linear_sample", backend, hidden, weight)
+    if chosen == "reference":
+        return linear_sample_reference(hidden, weight, seeds, positions, temperature, banned)
     if chosen == "triton":
         from kernels.sampling.triton import linear_sample as fused
 
         return fused(hidden, weight, seeds, positions, temperature, banned)
-    return _by_rows(hidden, weight, (seeds, positions, temperature), banned, chosen == "reference")
+    results = []
+    for i in range(0, max(len(hidden), 1), ROWS):
+        part = slice(i, i + ROWS)
+        rows = seeds[part], positions[part], temperature[part]
+        results.append(_of_chunked_logits(hidden[part], weight, *rows, banned))
+    token, logprob, entropy = (torch.cat(column) for column in zip(*results, strict=True))
+    return token, logprob, entropy
 
 
-def _by_rows(
+def linear_sample_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    per_row: tuple[torch.Tensor, ...],
-    banned: torch.Tensor | None,
-    reference: bool,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    banned: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of ROWS rows at a time, by the products that linear_logprob_entropy makes, then sample."""
+    """linear_sample with all logits in memory, in plain torch."""
+    dtype = accumulator(hidden)
+    logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
+    return sample_reference(
+        logits, seeds, positions, temperature, torch.zeros_like(seeds), torch.ones_like(temperature), banned
+    )
+
+
+def _of_chunked_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    banned: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits by the products that linear_logprob_entropy makes, then sample."""
     n, dtype, width = len(hidden), accumulator(hidden), chunked.VOCAB_CHUNK
     hidden = chunked.pad(hidden, chunked.MIN_ROWS - n).to(dtype)
     logits = hidden.new_empty((len(hidden), len(weight)))
@@ -61,6 +86,6 @@ def _by_rows(
         columns = weight[first : first + width].to(dtype)
         torch.mm(hidden, columns.T, out=logits[:, first : first + width])
     logits = logits[:n].float()
-    off = torch.zeros_like(per_row[0]), torch.ones_like(per_row[2])
-    f = torch.ops.axpo.sample.default if use_cpp(logits) and not reference else sample_reference
-    return f(logits, *per_row, *off, banned)
+    top_k, top_p = torch.zeros_like(seeds), torch.ones_like(temperature)
+    f = torch.ops.axpo.sample.default if use_cpp(logits) else sample_reference
+    return f(logits, seeds, positions, temperature, top_k, top_p, banned, None)

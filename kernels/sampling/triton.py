@@ -13,7 +13,7 @@ import triton
 from kernels._triton import tiles
 from kernels.aot import AotCase
 from kernels.linear_logprob_entropy.kernel_forward import tiles_kernel
-from kernels.linear_logprob_entropy.triton import aot_matrices, aot_options, dense, merge, operand
+from kernels.linear_logprob_entropy.triton import aot_matrices, aot_options, dense, merge, operand, tile_of
 from kernels.sampling.kernels import cut_kernel, draw_kernel
 
 
@@ -93,7 +93,7 @@ def linear_sample(
     (n, h), v = hidden.shape, weight.shape[0]
     seeds, positions, temperature = (x.contiguous() for x in (seeds, positions, temperature))
     mask = mask_of(banned, v, hidden.device)
-    tile = tiles("linear_sample", hidden.device)
+    tile = tile_of("linear_sample", hidden)
     splits = triton.cdiv(v, tile["tiles_per_split"] * tile["block_n"])
     partial = temperature.new_empty((5, splits, n))
     best_token = temperature.new_empty((splits, n), dtype=torch.int32)
@@ -215,8 +215,14 @@ def aot_cases() -> list[AotCase]:
     ]
 
 
-def tune_candidates() -> list[dict[str, Any]]:
-    """Plausible tiles of linear_sample, in the names of tiles.toml."""
-    shapes = ((64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 6))
-    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-    return [dict(zip(names, shape, strict=True)) | {"tma": tma} for shape in shapes for tma in (True, False)]
+def tune_candidates() -> dict[str, list[dict[str, Any]]]:
+    """What bench/tune.py lays over each section of tiles.toml."""
+    shapes = ((64, 128, 128, 8), (64, 64, 128, 4), (64, 256, 64, 8), (128, 128, 64, 8))
+    head = [{"block_m": m, "block_n": n, "block_k": k, "num_warps": w} for m, n, k, w in shapes]
+    return {
+        "sample": [
+            *({"block": block, "num_warps": warps} for block in (2048, 4096, 8192) for warps in (4, 8, 16)),
+            *({"cut_block": block, "cut_warps": warps} for block in (2048, 4096, 8192) for warps in (8, 16, 32)),
+        ],
+        "linear_sample": [*head, {"num_stages": 3}, {"tma": False}, {"tiles_per_split": 2}],
+    }

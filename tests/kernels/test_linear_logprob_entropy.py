@@ -1,12 +1,14 @@
 """linear_logprob_entropy against fp64 autograd on easy and nasty logits, and its invariants."""
 
 import importlib
+import itertools
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import linear_logprob_state, merge_shards
 from kernels._library import LOADED, MODE
 from kernels.linear_logprob_entropy import linear_logprob_entropy, linear_logprob_entropy_reference
 
@@ -199,8 +201,9 @@ def test_no_full_logits_are_made(generator, monkeypatch):
 
     ones = torch.ones(n)
     with Watch():
-        logprob, entropy, *stats = module.chunked._init_fn(hidden, weight, labels, temperature, -100)
-        module.backward._init_fn(ones, ones, hidden, weight, labels, temperature, entropy, *stats, -100, True, True)
+        stats = module.chunked._init_fn(hidden, weight, labels, temperature, -100)
+        module.backward._init_fn(ones, ones, hidden, weight, labels, temperature, *stats, 0, -100, True, True)
+    logprob = stats[0]
     assert logprob.shape == (n,)
     assert largest <= max(weight.nbytes, 80 << 10), f"a tensor of {largest} bytes; all logits take {n * v * 4}"
 
@@ -245,6 +248,50 @@ def test_nan_is_not_lost(generator, small_chunks):
         assert all(result.isnan().all() for result in linear_logprob_entropy(hidden, weight_broken, labels))
 
 
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_shards_merge_to_the_whole(shards, generator, small_chunks):
+    hidden, weight, labels, temperature, g, h = problem(30, 450, generator)
+    labels[5] = -100
+    cuts = [0, *sorted((torch.randperm(449, generator=generator)[: shards - 1] + 1).tolist()), 450]
+    parts = [weight[a:b].clone().requires_grad_() for a, b in itertools.pairwise(cuts)]
+    # And shards without any token, first and last.
+    empty = linear_logprob_state(hidden, weight[:0], labels, temperature)
+    assert (empty == torch.tensor([-math.inf, 0, 0, -math.inf])).all()
+    states = torch.stack(
+        [empty]
+        + [linear_logprob_state(hidden, w, labels, temperature, a) for w, a in zip(parts, cuts, strict=False)]
+        + [empty]
+    )
+    x, grads = hidden.clone().requires_grad_(), []
+    for w, start in zip(parts, cuts, strict=False):
+        outputs = merge_shards(states, x, w, labels, temperature, start)
+        grads.append(torch.autograd.grad(outputs, (x, w), (g, h)))
+    merged = (*outputs, sum(dx for dx, _ in grads), torch.cat([dw for _, dw in grads]))
+    expected = run(linear_logprob_entropy_reference, hidden, weight, labels, temperature, g, h, dtype=torch.float64)
+    assert_close(merged, expected)
+    arguments = (states, x, parts[0], labels, temperature, 0, -100, False)
+    torch.library.opcheck(importlib.import_module("kernels.linear_logprob_entropy.shards").merge, arguments)
+    with pytest.raises(ValueError, match=r"states \[30, 4\]"):
+        merge_shards(states[0], x, parts[0], labels)
+
+
+def test_a_label_that_no_shard_holds_is_minus_infinity(generator):
+    hidden, weight, *_ = problem(3, 20, generator)
+    labels = torch.tensor([0, 19, 20])
+    logprob, _ = merge_shards(linear_logprob_state(hidden, weight, labels)[None], hidden, weight, labels)
+    assert logprob.isinf().tolist() == [False, False, True]
+
+
+def test_an_explicit_backend_is_used(generator):
+    case = problem(9, 130, generator)[:4]
+    expected = linear_logprob_entropy_reference(*(t.double() if t.is_floating_point() else t for t in case))
+    for backend in ("reference", "cpp") if LOADED else ("reference",):
+        for a, b in zip(linear_logprob_entropy(*case, backend=backend), expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        linear_logprob_entropy(*case, backend="cuda")
+
+
 def test_errors_name_the_value():
     hidden, weight, labels = torch.ones(3, 4), torch.ones(7, 4), torch.tensor([0, 6, 7])
     with pytest.raises(ValueError, match=r"weight \[7, 5\]"):
@@ -265,5 +312,5 @@ def test_opcheck(generator):
         state = torch.zeros(6, 4, dtype=torch.float64)
         logits = torch.randn(6, 50)
         torch.library.opcheck(torch.ops.axpo.logprob_reduce.default, (logits, temperature, labels, 0, state))
-        rows = (temperature, labels, 0, -100, *(torch.rand(6) for _ in range(5)))
+        rows = (temperature, labels, 0, -100, *(torch.rand(6) for _ in range(6)))
         torch.library.opcheck(torch.ops.axpo.logprob_gradient.default, (logits, *rows))

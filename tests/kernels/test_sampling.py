@@ -8,7 +8,14 @@ import torch
 from scipy import stats
 
 from kernels._library import LOADED
-from kernels.sampling import gumbel_noise, philox4x32, sample, sample_reference
+from kernels.sampling import (
+    gumbel_noise,
+    linear_sample,
+    linear_sample_reference,
+    philox4x32,
+    sample,
+    sample_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 needs_library = pytest.mark.skipif(not LOADED, reason="the C++ kernels are not built")
@@ -16,7 +23,7 @@ needs_library = pytest.mark.skipif(not LOADED, reason="the C++ kernels are not b
 ALARM = 1e-7
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, banned=None, seeds=None, positions=None, f=sample):
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, banned=None, seeds=None, positions=None, f=sample, min_p=None):
     """f with scalars broadcast over the rows; seeds 0, 1, … unless given."""
     b = len(logits)
     return f(
@@ -27,6 +34,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, banned=None, seeds=None, p
         torch.as_tensor(top_k).expand(b),
         torch.as_tensor(top_p, dtype=torch.float32).expand(b),
         banned,
+        None if min_p is None else torch.as_tensor(min_p, dtype=torch.float32).expand(b),
     )
 
 
@@ -92,6 +100,9 @@ def test_tokens_equal_the_reference_bit_for_bit(generator):
             torch.randint(0, v + 2, (b,), generator=generator) * torch.randint(0, 2, (b,), generator=generator),
             (torch.rand(b, generator=generator) * 1.5).clamp(max=1),
             torch.tensor([1, 5, 60]) if rows % 5000 and v > 61 else None,
+            torch.rand(b, generator=generator).square() * torch.randint(0, 2, (b,), generator=generator)
+            if rows % 7500
+            else None,
         )
         ours, theirs = sample(*arguments), sample_reference(*arguments)
         assert torch.equal(ours[0], theirs[0]), f"V = {v}: rows {(ours[0] != theirs[0]).nonzero().flatten().tolist()}"
@@ -103,7 +114,14 @@ def test_tokens_equal_the_reference_bit_for_bit(generator):
 @needs_library
 def test_large_vocabulary_equals_the_reference(generator):
     logits = torch.randn(2, 151_936, generator=generator) * 3
-    for options in ({}, {"top_k": 50}, {"top_p": 0.95}, {"top_k": 1000, "top_p": 0.5}, {"temperature": 0.0}):
+    for options in (
+        {},
+        {"min_p": 0.01},
+        {"top_k": 50},
+        {"top_p": 0.95},
+        {"top_k": 1000, "top_p": 0.5},
+        {"temperature": 0.0},
+    ):
         ours, theirs = draw(logits, **options), draw(logits, **options, f=sample_reference)
         assert torch.equal(ours[0], theirs[0]), options
         torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-5, atol=2e-5)
@@ -174,6 +192,46 @@ def test_top_k_and_top_p_match_a_sort(f, generator):
         assert set(tokens[p[tokens] / p.sum() > 0.01].tolist()) == {i for i in kept if p[i] / p.sum() > 0.01}
         full = torch.log_softmax(logits.double() / temperature, -1)
         torch.testing.assert_close(logprob.double(), full[tokens], rtol=1e-5, atol=1e-5)  # untruncated
+
+
+@pytest.mark.parametrize("f", [sample, sample_reference])
+def test_min_p_leaves_before_top_k_and_top_p(f, generator):
+    """0.4, 0.3, 0.2, 0.1 with min-p 0.3 leaves the first three, of which the first two hold 0.7 / 0.9 > 0.75."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20_000, -1)
+    seeds = torch.randint(0, 2**62, (20_000,), generator=generator)
+    for options, kept in (
+        ({"min_p": 0.3}, [0.4, 0.3, 0.2, 0]),
+        ({"min_p": 0.3, "top_p": 0.75}, [0.4, 0.3, 0, 0]),
+        ({"min_p": 0.0, "top_p": 0.75}, [0.4, 0.3, 0.2, 0]),
+        ({"min_p": 0.3, "top_k": 2}, [0.4, 0.3, 0, 0]),
+        ({"min_p": 1.0}, [0.4, 0, 0, 0]),
+        ({"min_p": 0.7, "banned": torch.tensor([0])}, [0, 0.3, 0, 0]),  # of the most probable one left
+    ):
+        p = torch.tensor(kept)
+        token, logprob, _ = draw(logits, **options, seeds=seeds, f=f)
+        assert_follows(token, p / p.sum(), str(options))
+        torch.testing.assert_close(logprob, logits[0][token], rtol=1e-5, atol=1e-5)  # untruncated
+    with pytest.raises(ValueError, match="min_p"):
+        draw(logits[:2], min_p=1.5, f=f)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 3, 300])
+def test_linear_sample_is_sample_of_the_logits(rows, dtype, generator):
+    # Small integers: every product and sum is exact, so all see the same logits.
+    hidden = torch.randint(-2, 3, (rows, 24), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (5000, 24), generator=generator).to(dtype)
+    seeds, positions = torch.randint(0, 2**62, (rows,), generator=generator), torch.arange(rows)
+    temperature = 2 * torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.2)
+    banned = torch.tensor([0, 4999])
+    off = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    expected = sample(hidden.float() @ weight.float().T, seeds, positions, temperature, *off, banned)
+    for f in (linear_sample, linear_sample_reference):
+        results = f(hidden, weight, seeds, positions, temperature, banned)
+        assert torch.equal(results[0], expected[0])
+        torch.testing.assert_close(results[1:], expected[1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="seeds"):
+        linear_sample(hidden, weight, seeds[:, None], positions, temperature)
 
 
 @pytest.mark.parametrize("f", [sample, sample_reference])
