@@ -16,7 +16,7 @@ from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ()  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = ("kernels.paged_attention.triton",)  # "kernels.<op>.triton" of every operation that has a Triton form
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
         file.write_bytes(cubin)
         run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "--dump-resource-usage", str(file))
-        sass = run(str(tools / "nvdisasm"), "-c", "-plr", str(file))
+        sass = run(str(tools / "nvdisasm"), "-c", str(file))
     return usage, sass
 
 

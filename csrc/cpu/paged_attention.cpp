@@ -189,7 +189,7 @@ struct Span {
 };
 
 std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,
-                             int64_t rows, int64_t blocks, int64_t block_size) {
+                             int64_t rows, int64_t blocks, int64_t block_size, bool share) {
   const int32_t *table = tables.const_data_ptr<int32_t>(), *starts = cu_seqlens_q.const_data_ptr<int32_t>();
   const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
   const int64_t sequences = context_lens.numel(), columns = tables.size(1);
@@ -210,7 +210,7 @@ std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seql
       TORCH_CHECK_VALUE(span.blocks[b] >= 0 && span.blocks[b] < blocks, "paged_attention: block_tables[", s, ", ", b,
                         "] = ", span.blocks[b], " is outside the cache of ", blocks, " blocks");
     }
-    if (!spans.empty()) {
+    if (share && !spans.empty()) {
       const Span& before = spans.back();
       const int64_t most = std::min(used, (before.keys + block_size - 1) / block_size);
       span.shared = (std::mismatch(span.blocks, span.blocks + most, before.blocks).first - span.blocks) * block_size;
@@ -222,7 +222,7 @@ std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seql
 
 at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_tables, const at::Tensor& cu_seqlens_q,
-                           const at::Tensor& context_lens, double scale) {
+                           const at::Tensor& context_lens, double scale, bool share) {
   TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
                     "paged_attention: k_cache and v_cache must be contiguous");
   const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
@@ -233,7 +233,7 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
   TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
   at::Tensor out = at::empty(q.sizes(), q.options());
   if (out.numel() == 0) return out;
-  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size);
+  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size, share);
   const Cache cache{k_cache.const_data_ptr<float>(), v_cache.const_data_ptr<float>(), kv_heads * block_size * dim,
                     block_size, dim, group, q_heads * dim, static_cast<float>(scale)};
   const float* q_data = q.const_data_ptr<float>();
@@ -292,6 +292,6 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
 TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
-      "Tensor context_lens, float scale) -> Tensor");
+      "Tensor context_lens, float scale, bool share=True) -> Tensor");
   m.impl("paged_attention", c10::DispatchKey::CPU, TORCH_FN(paged_attention));
 }
