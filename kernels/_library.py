@@ -82,6 +82,11 @@ def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FP3
     return LOADED and all(t is None or (t.is_cpu and t.dtype in dtypes) for t in tensors)
 
 
+def one_narrow_dtype(*tensors: torch.Tensor) -> bool:
+    """Whether all have the same dtype of at most 32 bits, as the element-wise Triton kernels expect."""
+    return tensors[0].dtype != torch.float64 and all(t.dtype == tensors[0].dtype for t in tensors)
+
+
 def _why_not(
     backend: str,
     tensors: tuple[torch.Tensor | None, ...],

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel ahead of time for sm_90, without a GPU: `python -m kernels.aot [--json] [NAME …]`.
+"""Compiles every Triton kernel ahead of time for sm_90, without a GPU: `python -m kernels.aot [NAME …]`.
 
 What it prints of each production tile is what the tests assert and the docs show: registers, spills, shared memory,
-instructions and matrix instructions.
+instructions and matrix instructions. `--page docs/kernels/README.md` writes that page, `--json` prints for programs.
 """
 
 import argparse
@@ -11,12 +11,18 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
-MODULES = ("kernels.paged_attention.triton",)  # "kernels.<op>.triton" of every operation that has a Triton form
+MODULES = (
+    "kernels.paged_attention.triton",
+    "kernels.rmsnorm.triton",
+    "kernels.rotary.triton",
+    "kernels.swiglu.triton",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +106,53 @@ def cases(names: list[str] | None = None) -> list[AotCase]:
     return [case for case in every if not names or case.name.startswith(tuple(names))]
 
 
+def table(results: list[AotResult]) -> str:
+    """A Markdown table, a line a kernel."""
+    lines = ["| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |", "|---|--:|--:|--:|--:|--:|"]
+    for r in results:
+        shared = f"{r.shared_bytes / 1024:.1f}"
+        lines.append(f"| {r.name} | {r.registers} | {r.spill_bytes} | {shared} | {r.instructions} | {r.wgmma} |")
+    return "\n".join(lines)
+
+
+def page(results: list[AotResult], directory: Path) -> str:
+    """docs/kernels/README.md: the pages beside it, each by its own title, and the table."""
+    import triton
+
+    pages = sorted(file for file in directory.glob("*.md") if file.name != "README.md")
+    links = [f"- [{file.read_text().splitlines()[0].lstrip('# ')}]({file.name})" for file in pages]
+    return f"""# Kernels
+
+Each operation is a folder of `kernels/`: a plain-torch reference, the form that is fast, and one public function that
+chooses: Triton on CUDA, C++ on the CPU, the reference elsewhere; `backend=` or `AXPO_KERNELS` force a choice.
+
+{chr(10).join(links)}
+
+## What the GPU gets
+
+Every Triton kernel at its production tile (bf16, sm_90), compiled without a GPU. `make test` asserts that nothing is
+spilled, that a block has at most {SHARED_LIMIT >> 10} KiB of shared memory, and that the matrix kernels use wgmma.
+Written by `python -m kernels.aot --page docs/kernels/README.md` on {date.today()} with Triton {triton.__version__}.
+
+{table(results)}
+
+Times on a GPU are another matter: `python bench/gpu_suite.py` measures them, `python bench/tune.py` finds the tiles.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of kernel names; default all")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the docs page instead of printing")
     args = parser.parse_args()
     results = [compile_case(case) for case in cases(args.names)]
     if args.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
-        return
-    print("| kernel | registers | spilled bytes | shared KiB | instructions | wgmma |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for r in results:
-        shared = f"{r.shared_bytes / 1024:.1f}"
-        print(f"| {r.name} | {r.registers} | {r.spill_bytes} | {shared} | {r.instructions} | {r.wgmma} |")
+    elif args.page:
+        args.page.write_text(page(results, args.page.parent))
+    else:
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,6 @@ def _attend(
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """scale: times log2(e). out: [T, Hq, D] contiguous. partial_out [P, Hq, D], partial_lse [P, Hq]: fp32, natural log."""
     rows = plan + _HEADER
@@ -106,8 +105,6 @@ def _attend(
         position = tl.load(rows + max_rows + x, mask=live, other=-1)
         q_at = tl.load(rows + x, mask=live, other=0).to(tl.int64) * stride_qt + head * stride_qh
         query = tl.load(q + q_at[:, None] + d[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        if UPCAST:
-            query = query.to(tl.float32)
         k_head = k_cache + kv_head.to(tl.int64) * stride_head
         v_head = v_cache + kv_head.to(tl.int64) * stride_head
 
@@ -130,8 +127,6 @@ def _attend(
                 else:
                     keys = tl.load(k_head + cell, mask=inside[None, :], other=0.0)
                     values = tl.load(v_head + cell, mask=inside[None, :], other=0.0)
-                if UPCAST:
-                    keys, values = keys.to(tl.float32), values.to(tl.float32)
                 scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
                 scores = tl.where(key + ahead[None, :] <= position[:, None], scores, float("-inf"))
                 new = tl.maximum(peak, tl.max(scores, 1))
@@ -246,7 +241,6 @@ def _launch(
         *q.stride()[:2],
         *k_cache.stride()[:3],
         **_attend_tile(tile, q_heads // kv_heads, dim, block_size, tile_rows, split, q.element_size()),
-        UPCAST=q.is_cpu and q.dtype != torch.float32,  # Triton's interpreter multiplies bf16 wrongly
     )
     if merged:
         _merge[(min(8 * programs, merged * q_heads),)](
@@ -283,7 +277,7 @@ def aot_cases() -> list[AotCase]:
     tile = tiles("paged_attention", "sm_90")
     every = []
     for name, group, dim in (("8b", 4, 128), ("mini", 2, 32)):
-        constants = _attend_tile(tile, group, dim, 16, tile["rows"], tile["split"], 2) | {"UPCAST": False}
+        constants = _attend_tile(tile, group, dim, 16, tile["rows"], tile["split"], 2)
         options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
         strides = ["stride_qt", "stride_qh", "stride_block", "stride_head", "stride_key"]
         pointers = dict.fromkeys(("q", "k_cache", "v_cache", "out"), "*bf16")

@@ -32,6 +32,26 @@ def _multiply_add(a, b, c, y, BLOCK: tl.constexpr):
     tl.store(y + i, tl.load(a + i) * tl.load(b + i) + tl.load(c + i))
 
 
+@jit
+def _round_and_multiply(a, b, rounded, product, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    x = tl.load(a + at).to(tl.bfloat16)
+    tl.store(rounded + at, x)
+    tl.store(product + at, tl.dot(x, tl.load(b + at)))
+
+
+def test_bf16_rounds_and_multiplies_as_on_a_gpu(generator):
+    a = torch.randn(16, 16, generator=generator) * 10.0 ** torch.randint(-38, 38, (16, 16), generator=generator)
+    a[0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 3.4e38, 1e-45])
+    b = torch.randn(16, 16, generator=generator).bfloat16()
+    rounded, product = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    _round_and_multiply[(1,)](a, b, rounded, product, BLOCK=16)
+    torch.testing.assert_close(rounded, a.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    _round_and_multiply[(1,)](b.float(), b, rounded, product, BLOCK=16)
+    torch.testing.assert_close(product, b.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interpreted_and_compiled_in_one_process(dtype, generator):
     case = AotCase("centre", _centre, {"x": "*bf16", "y": "*fp32", "n": "i32", "BLOCK": 256})
