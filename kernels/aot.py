@@ -18,6 +18,7 @@ from typing import Any
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
 MODULES = (
+    "kernels.kv_cache.triton",
     "kernels.paged_attention.triton",
     "kernels.rmsnorm.triton",
     "kernels.rotary.triton",

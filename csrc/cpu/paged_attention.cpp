@@ -1,4 +1,4 @@
-// Attention over a paged KV cache in fp32 or bf16, with fp32 arithmetic. See kernels/paged_attention for what it computes.
+// Attention over a paged KV cache in fp32 or bf16, all arithmetic in fp32. See kernels/paged_attention.
 //
 // A work item is a tile: at one KV head, the queries of one sequence, or of neighbouring sequences whose block tables
 // begin alike (forks, a common prompt). A key that several of them see is read once for all.

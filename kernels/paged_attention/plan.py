@@ -69,7 +69,9 @@ class WorkList:
     partials: int
 
 
-def fixed_plan(max_tokens: int, max_context: int, tile: PagedTile, device: torch.device, share: bool = True) -> PagedPlan:
+def fixed_plan(
+    max_tokens: int, max_context: int, tile: PagedTile, device: torch.device, share: bool = True
+) -> PagedPlan:
     """An empty plan of fixed size, for any step of at most max_tokens query tokens of contexts up to max_context.
 
     Its partials take max_tokens * ceil(max_context / split) * Hq * (D + 1) * 4 bytes in every call that uses it.

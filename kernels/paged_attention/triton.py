@@ -22,7 +22,12 @@ _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 
 def paged_attention_triton(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, plan: PagedPlan, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    plan: PagedPlan,
+    scale: float,
 ) -> torch.Tensor:
     """paged_attention of a plan that has a work list. q, k_cache, v_cache: bf16, fp16 or fp32, rows contiguous."""
     if plan.buffer is None or plan.tile is None:
@@ -269,7 +274,13 @@ def _attend_tile(
 
 def _merge_tile(tile: Mapping[str, Any], dim: int, split: int) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(dim))
-    return {"D": dim, "BLOCK_D": width, "SPLIT": split, "UNROLL": tile["merge_unroll"], "num_warps": tile["merge_warps"]}
+    return {
+        "D": dim,
+        "BLOCK_D": width,
+        "SPLIT": split,
+        "UNROLL": tile["merge_unroll"],
+        "num_warps": tile["merge_warps"],
+    }
 
 
 def aot_cases() -> list[AotCase]:
@@ -285,13 +296,22 @@ def aot_cases() -> list[AotCase]:
         numbers = {"scale": "fp32"} | dict.fromkeys(("max_rows", "kv_heads", "stride_table", *strides), "i32")
         aligned = (*pointers, *strides)
         every.append(
-            AotCase(f"paged_attention.{name}", _attend, pointers | numbers | constants, **options, aligned=aligned, wgmma=True)
+            AotCase(
+                f"paged_attention.{name}",
+                _attend,
+                pointers | numbers | constants,
+                **options,
+                aligned=aligned,
+                wgmma=True,
+            )
         )
         constants = _merge_tile(tile, dim, tile["split"])
         warps = constants.pop("num_warps")
         pointers = {"out": "*bf16", "partial_out": "*fp32", "partial_lse": "*fp32", "plan": "*i32"}
         signature = pointers | {"max_rows": "i32", "q_heads": "i32"} | constants
-        every.append(AotCase(f"paged_attention.merge.{name}", _merge, signature, num_warps=warps, aligned=tuple(pointers)))
+        every.append(
+            AotCase(f"paged_attention.merge.{name}", _merge, signature, num_warps=warps, aligned=tuple(pointers))
+        )
     return every
 
 
