@@ -89,7 +89,7 @@ def measure(
             return paged_attention(q, layer[0], layer[1], *on_device, scale, plan=plan, backend=args.backend)
 
         result.append(attend(kv[0]))
-        seconds.append(timed(lambda: [attend(layer) for layer in kv], args.rounds, device) / copies)  # noqa: B023
+        seconds.append(timed(lambda: [attend(layer) for layer in kv], args.rounds, device) / copies)
     if not torch.equal(*result):
         raise AssertionError(f"sharing changed the result at P = {prefix}, K = {forks}, {dtype}")
     kv_bytes = (prefix + forks * args.tail) * token_bytes

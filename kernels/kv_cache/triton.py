@@ -1,4 +1,4 @@
-"""Writes into the paged KV cache in Triton: a step's keys and values, and copy-on-write of every layer in one launch."""
+"""Writes into the paged KV cache in Triton: the keys and values of a step, copy-on-write of all layers in one launch."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def _write(
 ):
     """A program moves up to ELEMENTS values of a token's keys, and of its values."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token + tl.zeros([ELEMENTS], tl.int64))
     i = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     head = i // D
     d = i % D

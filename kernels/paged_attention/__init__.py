@@ -40,8 +40,8 @@ def paged_attention(
     scale: factor on the scores before the softmax.
     plan: of `paged_plan`, for the same tables, lengths and device; one serves every layer of a step. Without one it is
     made here, which on CUDA waits for the device.
-    backend: "triton" (q, k_cache and v_cache of one dtype, Hq / Hk at most 64, D at most 256, block_size a divisor of
-    the split), "cpp" (fp32 or bf16 throughout, D a multiple of 8 up to 256, block_size of 8) or "reference"; default:
+    backend: "triton" (q, k_cache and v_cache of one dtype of at most 32 bits, caches of equal strides, Hq / Hk at most
+    64, D at most 256), "cpp" (fp32 or bf16 throughout, D a multiple of 8 up to 256, block_size of 8) or "reference"; default:
     the best that can serve the call.
 
     A row's result depends on nothing but its own query and the keys and values it sees: not on the batch, not on what
@@ -52,7 +52,14 @@ def paged_attention(
     group, (block_size, dim) = q.shape[1] // k_cache.shape[1], k_cache.shape[2:]
     same = q.dtype == k_cache.dtype == v_cache.dtype
     fits_cpp = same and dim % 8 == 0 and dim <= 256 and block_size % 8 == 0
-    fits_triton = same and group <= 64 and dim <= 256 and 512 % block_size == 0 and q.dtype != torch.float64
+    fits_triton = (
+        same
+        and q.dtype != torch.float64
+        and group <= 64
+        and dim <= 256
+        and k_cache.stride() == v_cache.stride()
+        and k_cache.stride(-1) == 1
+    )
     chosen = choose(
         "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, dtypes=_CPP_DTYPES
     )

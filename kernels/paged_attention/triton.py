@@ -86,7 +86,7 @@ def _attend(
     SPLIT: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """scale: times log2(e). out: [T, Hq, D] contiguous. partial_out [P, Hq, D], partial_lse [P, Hq]: fp32, natural log."""
+    """scale: times log2(e). out: [T, Hq, D], partial_out [P, Hq, D], partial_lse [P, Hq] (natural log), contiguous."""
     rows = plan + _HEADER
     items = rows + 3 * max_rows
     row = tl.arange(0, ROWS)
