@@ -97,7 +97,7 @@ torch.library.register_autograd("axpo::triton_rotary", _differentiate, setup_con
 
 
 def tune_candidates() -> list[dict[str, int]]:
-    """Sections of tiles.toml that bench/tune.py measures."""
+    """Parts of [sm_90.rotary] that bench/tune.py measures."""
     return [{"per_thread": per_thread} for per_thread in (4, 8, 16, 32)]
 
 

@@ -105,7 +105,7 @@ torch.library.register_autograd("axpo::triton_swiglu", _differentiate, setup_con
 
 
 def tune_candidates() -> list[dict[str, int]]:
-    """Sections of tiles.toml that bench/tune.py measures."""
+    """Parts of [sm_90.swiglu] that bench/tune.py measures."""
     return [{"elements": e, "per_thread": t} for e in (1024, 2048, 4096, 8192) for t in (8, 16, 32)]
 
 
