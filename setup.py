@@ -1,7 +1,8 @@
-"""Builds csrc/cpu/*.cpp into one shared library, kernels/_csrc.so. All other metadata is in pyproject.toml.
+"""Builds csrc/cpu/*.cpp, and with a CUDA torch and nvcc csrc/cuda/* too, into one shared library, kernels/_csrc.so.
 
-Development: `python setup.py build_ext --inplace`. Without a C++ compiler or without torch the package installs
-without the library (plain torch is used instead, slower); AXPO_REQUIRE_CSRC=1 makes that an error.
+All other metadata is in pyproject.toml. Development: `python setup.py build_ext --inplace`. Without a C++ compiler or
+without torch the package installs without the library (plain torch is used instead, slower); AXPO_REQUIRE_CSRC=1 makes
+that an error.
 """
 
 import os
@@ -29,6 +30,13 @@ def missing_requirement() -> str | None:
     return None
 
 
+def has_nvcc() -> bool:
+    """Whether the CUDA kernels can be built: a CUDA torch and the nvcc that it finds."""
+    import torch.utils.cpp_extension as cpp_extension
+
+    return cpp_extension.torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+
+
 def extension() -> dict:
     """ext_modules and cmdclass for setup(), empty when the library cannot be built."""
     reason = missing_requirement()
@@ -38,7 +46,7 @@ def extension() -> dict:
         print(f"axpo: installing without the C++ CPU kernels (plain torch is used): {reason}", file=sys.stderr)
         return {}
 
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     try:  # ninja from PyPI sits next to the interpreter, which need not be on PATH
         import ninja
@@ -54,11 +62,17 @@ def extension() -> dict:
     if platform.system() == "Linux":
         compile_args.append("-fopenmp")
         link_args.append("-fopenmp")
-    library = CppExtension(
+    cuda = has_nvcc()
+    patterns = ["cpu/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else [])]
+
+    def files(*globs: str) -> list[str]:
+        return sorted(str(path.relative_to(ROOT)) for pattern in globs for path in (ROOT / "csrc").glob(pattern))
+
+    library = (CUDAExtension if cuda else CppExtension)(
         name="kernels._csrc",
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.h")],
-        extra_compile_args={"cxx": compile_args},
+        sources=files(*patterns),
+        depends=files("cpu/*.h"),
+        extra_compile_args={"cxx": compile_args, "nvcc": ["-O3", "-std=c++20"]},
         extra_link_args=link_args,
     )
     return {

@@ -1,4 +1,4 @@
-"""KV blocks with reference counts and a prefix cache: a fork shares blocks, a write to a shared block moves to a copy."""
+"""KV blocks with reference counts and a prefix cache: forks share blocks, a write to a shared one goes to a copy."""
 
 import hashlib
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class BlockPool:
             self.refs[block] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """Drops a reference of each block; those without one are free again, the last of a sequence to be taken first."""
+        """Drops a reference of each block; those without one are free again, the last ones to be taken first."""
         for block in reversed(blocks):
             assert self.refs[block] > 0, f"block {block} was released twice"
             self.refs[block] -= 1

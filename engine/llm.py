@@ -36,6 +36,8 @@ class LLM:
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
+        share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
+            changes the speed and not a bit of the results.
         seed: keys the noise of requests that bring no seed of their own.
     """
 
@@ -51,6 +53,7 @@ class LLM:
         max_num_seqs: int = 1024,
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
+        share_prefixes: bool = True,
         seed: int = 0,
     ):
         self.path = Path(path)
@@ -67,7 +70,7 @@ class LLM:
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
-        self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes)
+        self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes, share_prefixes)
         self.eos_token_ids = eos_token_ids(self.path)
         self.weight_version = 0
         self._seed = seed
@@ -166,7 +169,7 @@ class LLM:
     def stream(
         self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> Iterator[tuple[Sequence, CompletionOutput]]:
-        """`run`, step by step: yields what each sequence has after every new token; its last output has a finish_reason.
+        """`run`, step by step: what each sequence has after every new token. Its last output has a finish_reason.
 
         Leaving the loop early aborts what still runs; the tokens so far stay.
 

@@ -46,7 +46,8 @@ class Processor:
         Raises:
             ValueError: the file cannot be decoded, or the image has an impossible size.
         """
-        merge = self.merge
+        if self.config.vision is None:
+            raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
         try:
             rgb = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

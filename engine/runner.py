@@ -16,7 +16,7 @@ from engine.memory import KVCache
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
-from kernels import can_run_layers, sample
+from kernels import PagedPlan, can_run_layers, paged_plan, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,10 @@ class Packed:
 
 
 class Runner:
-    def __init__(self, model: Qwen3VL, kv: KVCache, block_size: int, vision_cache_bytes: int):
+    def __init__(self, model: Qwen3VL, kv: KVCache, block_size: int, vision_cache_bytes: int, share_prefixes: bool):
         self.model = model
         self.kv = kv
+        self.share_prefixes = share_prefixes
         self.block_size = block_size
         self.device = next(model.parameters()).device
         self.vision = VisionCache(model, vision_cache_bytes)
@@ -72,6 +73,7 @@ class Runner:
                 self._tensor(packed.slots),
                 None if packed.writes is None else self._tensor(packed.writes),
                 self._scale,
+                self._plan(packed),
                 self._whole_layers,
             )
             hidden = self.model(
@@ -88,6 +90,11 @@ class Runner:
                 rows.append(chunk.request.sequence.last_hidden[None])
                 requests.append(chunk.request)
         return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
+
+    def _plan(self, packed: Packed) -> PagedPlan:
+        """Made from what the host has, once for all layers."""
+        heads, cache = self.model.config.text.num_heads, self.kv.layer(0)[0]
+        return paged_plan(packed.tables, packed.cu_seqlens, packed.context_lens, heads, cache, self.share_prefixes)
 
     def _last_rows(self, hidden: Tensor | None, chunks: list[Chunk], row: int) -> tuple[list[Tensor], list[Request]]:
         """The hidden rows to sample from: all decoding rows, and the last row of each chunk that ends its sequence.

@@ -18,8 +18,8 @@ WATERMARK = 0.01  # of the blocks: kept free when a request is admitted, so that
 class Request:
     """One run of a sequence: from `start` tokens on until something stops it or there are `limit` tokens in all.
 
-    `limit == start` asks for no token: the sequence is only prefilled. `shaper` is set where the parameters ask for more
-    than the sampler does by itself. `stopped_by`: the stop token or string that ended the run.
+    `limit == start` asks for no token: the sequence is only prefilled. `shaper` is set where the parameters ask for
+    more than the sampler does by itself. `stopped_by`: the stop token or string that ended the run.
     """
 
     sequence: Sequence

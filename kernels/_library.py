@@ -46,13 +46,16 @@ LOADED = _load(MODE)
 TRITON = find_spec("triton") is not None
 
 
+FP32 = (torch.float32,)
+
+
 def choose(
     op: str,
     backend: str | None,
     *tensors: torch.Tensor | None,
     cpp: bool = True,
     triton: bool = True,
-    cpp_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    cpp_dtypes: tuple[torch.dtype, ...] = FP32,
 ) -> str:
     """The backend that serves this call of `op`: "triton", "cpp" or "reference".
 
@@ -67,18 +70,15 @@ def choose(
         if tensors[0] is not None and tensors[0].is_cuda:
             return "triton" if TRITON and triton else "reference"
         return "cpp" if cpp and use_cpp(*tensors, dtypes=cpp_dtypes) else "reference"
-    reason = _why_not(wanted, tensors, cpp and use_cpp(*tensors, dtypes=cpp_dtypes), triton)
+    reason = _why_not(wanted, tensors, cpp and use_cpp(*tensors, dtypes=cpp_dtypes), triton, cpp_dtypes)
     if reason:
         source = "backend" if backend else "AXPO_KERNELS"
         raise ValueError(f"{op}: {source}={wanted!r} cannot serve this call: {reason}")
     return wanted
 
 
-def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU.
-
-    dtypes: for operators that take more than fp32.
-    """
+def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FP32) -> bool:
+    """Whether the C++ operators are loaded and every tensor (None is passed over) is on the CPU, of one of `dtypes`."""
     if not LOADED:
         return False
     for t in tensors:  # noqa: SIM110 - a plain loop: this runs some sixty times a step of the engine
@@ -92,7 +92,13 @@ def one_narrow_dtype(*tensors: torch.Tensor) -> bool:
     return tensors[0].dtype != torch.float64 and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
-def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, triton: bool) -> str | None:
+def _why_not(
+    backend: str,
+    tensors: tuple[torch.Tensor | None, ...],
+    cpp: bool,
+    triton: bool,
+    dtypes: tuple[torch.dtype, ...],
+) -> str | None:
     if backend not in BACKENDS:
         return f"there is {', '.join(BACKENDS)}"
     if backend == "triton":
@@ -106,5 +112,6 @@ def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, 
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"
         if not cpp:
-            return "the C++ kernels serve tensors on the CPU, of dtypes and shapes that their docstring names"
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"the C++ kernel serves {names} tensors on the CPU, of shapes that its docstring names"
     return None

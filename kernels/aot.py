@@ -18,7 +18,9 @@ from typing import Any
 ARCHITECTURE = 90
 SHARED_LIMIT = 227 << 10  # bytes that one block of sm_90 can have
 MODULES = (  # "kernels.<op>.triton" of every operation that has a Triton form
+    "kernels.kv_cache.triton",
     "kernels.linear_logprob_entropy.triton",
+    "kernels.paged_attention.triton",
     "kernels.rmsnorm.triton",
     "kernels.rotary.triton",
     "kernels.sampling.triton",

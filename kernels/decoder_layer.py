@@ -6,7 +6,7 @@ from kernels._library import LOADED, MODE, use_cpp
 
 
 def can_run_layers(k_cache: torch.Tensor) -> bool:
-    """Whether `decoder_layer` serves this cache, [num_blocks, Hk, block_size, D]: else layers run operator by operator."""
+    """Whether `decoder_layer` serves this cache, [num_blocks, Hk, block_size, D]."""
     _, _, block_size, dim = k_cache.shape
     return MODE in ("auto", "cpp") and use_cpp(k_cache) and dim % 8 == 0 and dim <= 256 and block_size % 8 == 0
 
@@ -28,12 +28,14 @@ def decoder_layer(
     context_lens: torch.Tensor,
     eps: float,
     scale: float,
+    share: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, residual) of a Qwen3 layer whose input is x + residual: the operators of this package, in one call.
 
     x, residual: [T, H]; cos, sin: [T, D/2]; weights: input norm [H], q, k and v as one [(Hq + 2 Hk) D, H], q norm [D],
     k norm [D], o [H, Hq D], post-attention norm [H], gate and up as one [2 I, H], down [H, I]. Caches, slots, tables
-    and lengths as in `write_kv` and `paged_attention`; writes: the rows whose KV is stored, or None for all.
+    and lengths as in `write_kv` and `paged_attention`; writes: the rows whose KV is stored, or None for all;
+    share: whether sequences read common blocks together.
     The result is bit for bit that of the single operators. fp32 on the CPU; there is no gradient.
     """
     return torch.ops.axpo.decoder_layer.default(
@@ -53,6 +55,7 @@ def decoder_layer(
         context_lens,
         eps,
         scale,
+        share,
     )
 
 

@@ -49,17 +49,18 @@ void write_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& tables,
-                       const Tensor& cu_seqlens_q, const Tensor& context_lens, double scale) {
+                       const Tensor& cu_seqlens_q, const Tensor& context_lens, double scale, bool share) {
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                     const Tensor&, double)>("axpo::paged_attention");
-  return op.call(q, k_cache, v_cache, tables, cu_seqlens_q, context_lens, scale);
+                                     const Tensor&, double, bool)>("axpo::paged_attention");
+  return op.call(q, k_cache, v_cache, tables, cu_seqlens_q, context_lens, scale, share);
 }
 
 tuple<Tensor, Tensor> decoder_layer(const Tensor& x_in, const Tensor& residual_in, const Tensor& cos, const Tensor& sin,
                                     at::TensorList weights, const optional<Tensor>& qkv_bias,
                                     const optional<Tensor>& o_bias, Tensor& k_cache, Tensor& v_cache,
                                     const Tensor& slots, const optional<Tensor>& writes, const Tensor& tables,
-                                    const Tensor& cu_seqlens_q, const Tensor& context_lens, double eps, double scale) {
+                                    const Tensor& cu_seqlens_q, const Tensor& context_lens, double eps, double scale,
+                                    bool share) {
   TORCH_CHECK_VALUE(weights.size() == 8, "decoder_layer: ", weights.size(), " weights: it takes input norm, qkv, ",
                     "q norm, k norm, o, post-attention norm, gate and up, down");
   const Tensor &qkv_weight = weights[1], &gate_up_weight = weights[6];
@@ -76,7 +77,7 @@ tuple<Tensor, Tensor> decoder_layer(const Tensor& x_in, const Tensor& residual_i
   } else {
     write_kv(k, v, k_cache, v_cache, slots);
   }
-  const Tensor attended = paged_attention(q, k_cache, v_cache, tables, cu_seqlens_q, context_lens, scale);
+  const Tensor attended = paged_attention(q, k_cache, v_cache, tables, cu_seqlens_q, context_lens, scale, share);
   auto [y, sum] = add_rmsnorm(at::linear(attended.view({tokens, -1}), weights[4], o_bias), residual, weights[5], eps);
   const Tensor gate_up = at::linear(y, gate_up_weight);
   const int64_t half = gate_up_weight.size(0) / 2;
@@ -89,6 +90,6 @@ TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(
       "decoder_layer(Tensor x, Tensor residual, Tensor cos, Tensor sin, Tensor[] weights, Tensor? qkv_bias, "
       "Tensor? o_bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor? writes, Tensor tables, "
-      "Tensor cu_seqlens_q, Tensor context_lens, float eps, float scale) -> (Tensor, Tensor)");
+      "Tensor cu_seqlens_q, Tensor context_lens, float eps, float scale, bool share=True) -> (Tensor, Tensor)");
   m.impl("decoder_layer", c10::DispatchKey::CPU, TORCH_FN(decoder_layer));
 }

@@ -1,4 +1,4 @@
-// Attention over a paged KV cache, fp32. See kernels/paged_attention.py for what it computes.
+// Attention over a paged KV cache in fp32 or bf16, all arithmetic in fp32. See kernels/paged_attention.
 //
 // A work item is a tile: at one KV head, the queries of one sequence, or of neighbouring sequences whose block tables
 // begin alike (forks, a common prompt). A key that several of them see is read once for all.
@@ -20,8 +20,9 @@ constexpr int64_t kAheadBytes = 64 << 10;  // how far memory is fetched ahead of
 
 // Walks over the keys and values that a thread will need, some way ahead of the arithmetic and across the ends of its
 // tiles: the blocks are scattered in memory, so no hardware prefetcher can follow them.
+template <class T>
 struct Prefetcher {
-  const Cache& cache;
+  const Cache<T>& cache;
   const Member* member;  // under the cursor
   const Member* end;
   int64_t credit;   // keys that may still be fetched ahead
@@ -33,7 +34,7 @@ struct Prefetcher {
       const int64_t count = std::min({credit, member->keys() - key, cache.block_size - offset});
       const int64_t at =
           member->blocks[key / cache.block_size] * cache.block_stride + member->head + offset * cache.dim;
-      for (int64_t i = 0; i < count * cache.dim; i += 16) {
+      for (int64_t i = 0; i < count * cache.dim; i += 64 / sizeof(T)) {
         __builtin_prefetch(cache.k + at + i);
         __builtin_prefetch(cache.v + at + i);
       }
@@ -53,7 +54,8 @@ AXPO_INLINE bool follows(const Member& m, int64_t end) {
 }
 
 // The runs of a split, depth first: each member leads the runs of the keys that it does not share with the one before.
-AXPO_INLINE int64_t list_runs(const Tile& tile, const Cache& c, int64_t start, Run* runs) {
+template <class T>
+AXPO_INLINE int64_t list_runs(const Tile& tile, const Cache<T>& c, int64_t start, Run* runs) {
   int64_t n = 0, row = 0;
   for (int64_t m = 0; m < tile.count; row += tile.members[m++].tokens * c.group) {
     const Member& leader = tile.members[m];
@@ -79,13 +81,15 @@ AXPO_INLINE int64_t list_runs(const Tile& tile, const Cache& c, int64_t start, R
           run.at[o++] = at;
         }
       }
-      run.at[octets] = run.at[octets - 1];  // fills a panel of two octets up; its scores are not looked at
+      // Fills a panel up; those scores are not looked at.
+      std::fill(run.at + octets, std::end(run.at), run.at[octets - 1]);
     }
   }
   return n;
 }
 
-AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead, float* scratch) {
+template <int kLanes, class T>
+AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahead, float* scratch) {
   int64_t rows = 0, key_total = 0;
   for (int64_t m = 0; m < tile.count; ++m) {
     rows += tile.members[m].tokens * c.group;
@@ -97,7 +101,7 @@ AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead
   float* part = scores + row_total * kSplit;  // output of the split, then of all splits so far
   float* out = part + row_total * c.dim;
   float* panel = out + row_total * c.dim;
-  float* part_peak = panel + strip_count * kStrip * kStrip;  // base 2
+  float* part_peak = panel + strip_count * kStrip * 2 * kStrip;  // base 2
   float* part_sum = part_peak + row_total;
   float* peak = part_sum + row_total;
   float* sum = peak + row_total;
@@ -107,10 +111,10 @@ AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead
   const f32x8 factor = splat8(c.scale * kLog2e);
   for (int64_t m = 0, r = 0; m < tile.count; ++m) {
     for (int64_t i = 0; i < tile.members[m].tokens * c.group; ++i, ++r) {
-      const float* from = tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim;
+      const T* from = c.q + tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim;
       for (int64_t d = 0; d < strip_count * kStrip; d += 8) {
         store8(q + (d / kStrip * row_total + r) * kStrip + d % kStrip,
-               d < c.dim ? load8(from + d) * factor : splat8(0.0f));
+               d < c.dim ? Lanes<8>::load(from + d) * factor : splat8(0.0f));
       }
     }
   }
@@ -127,13 +131,13 @@ AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead
       const float* run_q = q + run.row * kStrip;
       float* to = scores + run.row * kSplit + run.key;
       ahead.run(run.count / 2);
-      if (run.rows <= kBlock) {
-        for_row_blocks(run.rows, FewScores{run_q, row_total, c.k, run.at, octets, c.dim, to});
+      if (run.rows <= kFew) {
+        for_row_blocks<kFew>(run.rows, FewScores<T>{run_q, row_total, c.k, run.at, octets, c.dim, to});
         continue;
       }
-      for (int64_t o = 0; o < octets; o += 2) {
-        pack_keys(c.k, run.at + o, c.dim, panel);
-        for_row_blocks(run.rows, PackedScores{run_q, row_total, panel, c.dim, to + 8 * o});
+      for (int64_t o = 0; o < octets; o += kLanes / 4) {
+        pack_keys<kLanes>(c.k, run.at + o, c.dim, panel);
+        for_row_blocks<kRows<kLanes>>(run.rows, PackedScores<kLanes>{run_q, row_total, panel, c.dim, to + 8 * o});
       }
     }
 
@@ -150,7 +154,8 @@ AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead
     for (int64_t i = 0; i < run_count; ++i) {
       const Run& run = runs[i];
       ahead.run(run.count - run.count / 2);
-      for_row_blocks(run.rows, WeightedValues{scores + run.row * kSplit + run.key, c.v, run.at, run.count, c.dim,
+      for_row_blocks<kRows<kLanes>>(
+          run.rows, WeightedValues<kLanes, T>{scores + run.row * kSplit + run.key, c.v, run.at, run.count, c.dim,
                                               part + run.row * c.dim});
     }
 
@@ -175,10 +180,34 @@ AXPO_CLONES void attend_tile(const Tile& tile, const Cache& c, Prefetcher& ahead
   for (int64_t m = 0, r = 0; m < tile.count; ++m) {
     for (int64_t i = 0; i < tile.members[m].tokens * c.group; ++i, ++r) {
       const f32x8 inverse = splat8(1.0f / sum[r]);
-      float* to = tile.members[m].out + i / c.group * c.token_stride + i % c.group * c.dim;
-      for (int64_t d = 0; d < c.dim; d += 8) store8(to + d, load8(out + r * c.dim + d) * inverse);
+      T* to = c.out + tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim;
+      for (int64_t d = 0; d < c.dim; d += 8) store_row8(to + d, load8(out + r * c.dim + d) * inverse);
     }
   }
+}
+
+// Sixteen lanes where the processor has registers for them; eight, in the best clone, elsewhere.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
+#define AXPO_WIDE __attribute__((target("arch=x86-64-v4")))
+AXPO_WIDE void attend_wide(const Tile& tile, const Cache<float>& c, Prefetcher<float>& ahead, float* scratch) {
+  attend<16>(tile, c, ahead, scratch);
+}
+AXPO_WIDE void attend_wide(const Tile& tile, const Cache<c10::BFloat16>& c, Prefetcher<c10::BFloat16>& ahead,
+                           float* scratch) {
+  attend<16>(tile, c, ahead, scratch);
+}
+bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
+#else
+template <class T>
+void attend_wide(const Tile&, const Cache<T>&, Prefetcher<T>&, float*) {}
+bool has_wide() { return false; }
+#endif
+AXPO_CLONES void attend_narrow(const Tile& tile, const Cache<float>& c, Prefetcher<float>& ahead, float* scratch) {
+  attend<8>(tile, c, ahead, scratch);
+}
+AXPO_CLONES void attend_narrow(const Tile& tile, const Cache<c10::BFloat16>& c, Prefetcher<c10::BFloat16>& ahead,
+                               float* scratch) {
+  attend<8>(tile, c, ahead, scratch);
 }
 
 // One sequence with queries.
@@ -189,7 +218,7 @@ struct Span {
 };
 
 std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,
-                             int64_t rows, int64_t blocks, int64_t block_size) {
+                             int64_t rows, int64_t blocks, int64_t block_size, bool share) {
   const int32_t *table = tables.const_data_ptr<int32_t>(), *starts = cu_seqlens_q.const_data_ptr<int32_t>();
   const int32_t* lengths = context_lens.const_data_ptr<int32_t>();
   const int64_t sequences = context_lens.numel(), columns = tables.size(1);
@@ -210,7 +239,7 @@ std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seql
       TORCH_CHECK_VALUE(span.blocks[b] >= 0 && span.blocks[b] < blocks, "paged_attention: block_tables[", s, ", ", b,
                         "] = ", span.blocks[b], " is outside the cache of ", blocks, " blocks");
     }
-    if (!spans.empty()) {
+    if (share && !spans.empty()) {
       const Span& before = spans.back();
       const int64_t most = std::min(used, (before.keys + block_size - 1) / block_size);
       span.shared = (std::mismatch(span.blocks, span.blocks + most, before.blocks).first - span.blocks) * block_size;
@@ -220,35 +249,17 @@ std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seql
   return spans;
 }
 
-at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                           const at::Tensor& block_tables, const at::Tensor& cu_seqlens_q,
-                           const at::Tensor& context_lens, double scale) {
-  TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
-                    "paged_attention: k_cache and v_cache must be contiguous");
-  const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
-  const at::Tensor starts = cu_seqlens_q.contiguous(), lengths = context_lens.contiguous();
-  const int64_t rows = q.size(0), q_heads = q.size(1), dim = q.size(2);
-  const int64_t kv_heads = k_cache.size(1), block_size = k_cache.size(2), group = q_heads / kv_heads;
-  TORCH_CHECK_VALUE(dim % 8 == 0 && dim <= 256, "paged_attention: D = ", dim, " must be a multiple of 8 up to 256");
-  TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  if (out.numel() == 0) return out;
-  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size);
-  const Cache cache{k_cache.const_data_ptr<float>(), v_cache.const_data_ptr<float>(), kv_heads * block_size * dim,
-                    block_size, dim, group, q_heads * dim, static_cast<float>(scale)};
-  const float* q_data = q.const_data_ptr<float>();
-  float* out_data = out.mutable_data_ptr<float>();
-
-  const int64_t most_tokens = max_rows(group) / group;
+template <class T>
+void attend_all(const std::vector<Span>& spans, const Cache<T>& cache, int64_t rows, int64_t kv_heads) {
+  const int64_t group = cache.group, dim = cache.dim, most_tokens = max_rows(group) / group;
   int64_t member_count = 0;
   for (const Span& s : spans) member_count += kv_heads * ((s.tokens + most_tokens - 1) / most_tokens);
   std::vector<Member> members;
   members.reserve(member_count);  // tiles point into it
   std::vector<Tile> tiles;
   const auto add = [&](const Span& s, int64_t head, int64_t first, int64_t tokens, bool follower) {
-    const int64_t offset = ((s.row + first) * q_heads + head * group) * dim;
-    members.push_back({q_data + offset, out_data + offset, s.blocks, head * block_size * dim, tokens,
-                       s.keys - s.tokens + first, follower ? s.shared : 0});
+    members.push_back({(s.row + first) * cache.token_stride + head * group * dim, s.blocks,
+                       head * cache.block_size * dim, tokens, s.keys - s.tokens + first, follower ? s.shared : 0});
     if (follower) {
       ++tiles.back().count;
     } else {
@@ -277,13 +288,48 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
   }
 
   // Neighbours go to one thread, so that it can fetch ahead; about eight runs a thread keep the threads balanced.
+  static const bool wide = has_wide();
   const int64_t total = static_cast<int64_t>(tiles.size()), run = std::max<int64_t>(1, total / (8 * threads));
-  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / (8 * dim), kGroup, kSplit);
+  const int64_t row_bytes = 2 * dim * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / row_bytes, kGroup, kSplit);
   parallel_items((total + run - 1) / run, scratch_size(group, dim), [&](int64_t i, float* scratch) {
     const int64_t end = std::min(total, (i + 1) * run);
-    Prefetcher ahead{cache, tiles[i * run].members, tiles[end - 1].members + tiles[end - 1].count, ahead_keys};
-    for (int64_t tile = i * run; tile < end; ++tile) attend_tile(tiles[tile], cache, ahead, scratch);
+    Prefetcher<T> ahead{cache, tiles[i * run].members, tiles[end - 1].members + tiles[end - 1].count, ahead_keys};
+    for (int64_t tile = i * run; tile < end; ++tile) {
+      if (wide) {
+        attend_wide(tiles[tile], cache, ahead, scratch);
+      } else {
+        attend_narrow(tiles[tile], cache, ahead, scratch);
+      }
+    }
   });
+}
+
+template <class T>
+Cache<T> cache_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out, double scale) {
+  const int64_t q_heads = q.size(1), dim = q.size(2), kv_heads = k.size(1), block_size = k.size(2);
+  return {q.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+          kv_heads * block_size * dim, block_size, dim, q_heads / kv_heads, q_heads * dim, static_cast<float>(scale)};
+}
+
+at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                           const at::Tensor& block_tables, const at::Tensor& cu_seqlens_q,
+                           const at::Tensor& context_lens, double scale, bool share) {
+  TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
+                    "paged_attention: k_cache and v_cache must be contiguous");
+  const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
+  const at::Tensor starts = cu_seqlens_q.contiguous(), lengths = context_lens.contiguous();
+  const int64_t rows = q.size(0), dim = q.size(2), kv_heads = k_cache.size(1), block_size = k_cache.size(2);
+  TORCH_CHECK_VALUE(dim % 8 == 0 && dim <= 256, "paged_attention: D = ", dim, " must be a multiple of 8 up to 256");
+  TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  if (out.numel() == 0) return out;
+  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size, share);
+  if (q.scalar_type() == at::kBFloat16) {
+    attend_all(spans, cache_of<c10::BFloat16>(q, k_cache, v_cache, out, scale), rows, kv_heads);
+  } else {
+    attend_all(spans, cache_of<float>(q, k_cache, v_cache, out, scale), rows, kv_heads);
+  }
   return out;
 }
 
@@ -292,6 +338,6 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
 TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
-      "Tensor context_lens, float scale) -> Tensor");
+      "Tensor context_lens, float scale, bool share=True) -> Tensor");
   m.impl("paged_attention", c10::DispatchKey::CPU, TORCH_FN(paged_attention));
 }

@@ -1,6 +1,8 @@
 // The pieces of paged attention that work on one tile: what it is made of, products, softmax. See paged_attention.cpp.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include "attention.h"
 
 namespace {
@@ -9,13 +11,12 @@ using namespace axpo;
 
 constexpr int kSplit = 256;    // keys reduced together; results depend on it, so it is one constant
 constexpr int kGroup = 32;     // keys handled between two calls of the prefetcher
-constexpr int kBlock = 6;      // rows that one product keeps in registers
 constexpr int kTileRows = 48;  // rows of a tile
+constexpr int kFew = 6;        // up to so many rows, keys are transposed in registers instead of being packed
 
 // The queries of one sequence in a tile.
 struct Member {
-  const float* q;         // first query, at the first head of the group
-  float* out;             // likewise
+  int64_t q;              // where the first query begins in q and out, at the first head of the group
   const int32_t* blocks;  // block table of the sequence
   int64_t head;           // where the KV head begins in a block
   int64_t tokens;         // queries
@@ -30,47 +31,114 @@ struct Tile {
   int64_t count;
 };
 
+template <class T>  // float or c10::BFloat16; all arithmetic is fp32
 struct Cache {
-  const float *k, *v;
+  const T *q, *k, *v;
+  T* out;
   int64_t block_stride, block_size, dim, group;
-  int64_t token_stride;  // floats from one query token to the next
+  int64_t token_stride;  // elements from one query token to the next
   float scale;
 };
 
 // Up to kGroup keys, and the rows of the neighbouring members that take them from the same blocks.
 struct Run {
-  int64_t key, count;          // within the split
-  int64_t row, rows;           // within the tile
-  int64_t at[kGroup / 8 + 1];  // where its octets begin in the caches; one more, so that a panel can be filled up
+  int64_t key, count;      // within the split
+  int64_t row, rows;       // within the tile
+  int64_t at[kGroup / 8];  // where its octets begin in the caches; the last one again where there are fewer
 };
 
 int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group) * group; }
 
 int64_t scratch_size(int64_t group, int64_t dim) {
   const int64_t rows = (max_rows(group) + 7) / 8 * 8;
-  return rows * (strips(dim) * kStrip + kSplit + 2 * dim + 6) + strips(dim) * kStrip * kStrip;
+  return rows * (strips(dim) * kStrip + kSplit + 2 * dim + 6) + strips(dim) * kStrip * 2 * kStrip;
 }
 
-// An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` floats apart in one
-// block. It is given by where it begins in the cache `keys` or `values`.
+// Vectors of kLanes floats. Lanes are different keys or different columns of the output, never parts of one sum, so
+// their number does not change a result.
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t u16x16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
 
-// scores[r][8 o ..] of MR rows against kOctets octets of keys that are transposed in registers. rows: [strips][..][16].
-template <int MR, int kOctets>
-AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const float* keys, const int64_t* at, int64_t dim,
+template <int kLanes>
+struct Lanes;
+
+template <>
+struct Lanes<8> {
+  using V = f32x8;
+  static AXPO_INLINE V load(const float* p) { return load8(p); }
+  static AXPO_INLINE V load(const c10::BFloat16* p) {
+    const u16x8_unaligned bits = *reinterpret_cast<const u16x8_unaligned*>(p);
+    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x8) << 16);
+  }
+  static AXPO_INLINE void store(float* p, V v) { store8(p, v); }
+};
+
+template <>
+struct Lanes<16> {
+  using V = f32x16;
+  static AXPO_INLINE V load(const float* p) { return *reinterpret_cast<const f32x16_unaligned*>(p); }
+  static AXPO_INLINE V load(const c10::BFloat16* p) {
+    const u16x16_unaligned bits = *reinterpret_cast<const u16x16_unaligned*>(p);
+    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x16) << 16);
+  }
+  static AXPO_INLINE void store(float* p, V v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
+};
+
+AXPO_INLINE void store_row8(float* p, f32x8 v) { store8(p, v); }
+AXPO_INLINE void store_row8(c10::BFloat16* p, f32x8 v) {  // rounds to nearest, ties to even
+  for (int i = 0; i < 8; ++i) p[i] = c10::BFloat16(v[i]);
+}
+
+// An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` elements apart in one
+// block. It is given by where it begins in the cache.
+//
+// Octet<T>::load transposes kColumns columns of it in registers; column<i> is the i-th, of eight keys. Two
+// neighbouring bf16 of a row move as one fp32.
+template <class T>
+struct Octet;
+
+template <>
+struct Octet<float> {
+  static constexpr int kColumns = 4;
+  f32x8 packed[4];
+  AXPO_INLINE void load(const float* rows, int64_t stride) { load_columns4(rows, stride, packed); }
+  AXPO_INLINE f32x8 column(int i) const { return packed[i]; }
+};
+
+template <>
+struct Octet<c10::BFloat16> {
+  static constexpr int kColumns = 8;
+  f32x8 packed[4];
+  AXPO_INLINE void load(const c10::BFloat16* rows, int64_t stride) {
+    load_columns4(reinterpret_cast<const float*>(rows), stride / 2, packed);
+  }
+  AXPO_INLINE f32x8 column(int i) const {
+    const i32x8 pair = reinterpret_cast<i32x8>(packed[i / 2]);
+    return reinterpret_cast<f32x8>(i % 2 == 0 ? pair << 16 : pair & static_cast<int32_t>(0xffff0000));
+  }
+};
+
+// scores[r][8 o ..] of MR rows against kOctets octets of keys. rows: [strips][..][16].
+template <int MR, int kOctets, class T>
+AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const T* keys, const int64_t* at, int64_t dim,
                               float* scores) {
   f32x8 acc[MR][kOctets] = {};
-  for (int64_t d = 0; d < dim; d += 4) {
+  for (int64_t d = 0; d < dim; d += Octet<T>::kColumns) {
     const float* a = rows + d / kStrip * row_total * kStrip + d % kStrip;
-    f32x8 columns[kOctets][4];
+    Octet<T> octets[kOctets];
 #pragma GCC unroll 2
-    for (int o = 0; o < kOctets; ++o) load_columns4(keys + at[o] + d, dim, columns[o]);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
+    for (int o = 0; o < kOctets; ++o) octets[o].load(keys + at[o] + d, dim);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const float x = a[r * kStrip + k];
+    for (int k = 0; k < Octet<T>::kColumns; ++k) {
 #pragma GCC unroll 2
-        for (int o = 0; o < kOctets; ++o) acc[r][o] += columns[o][k] * x;
+      for (int o = 0; o < kOctets; ++o) {
+        const f32x8 column = octets[o].column(k);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) acc[r][o] += column * a[r * kStrip + k];
       }
     }
   }
@@ -81,8 +149,8 @@ AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const float*
   }
 }
 
-template <int MR>
-AXPO_INLINE void score_few(const float* rows, int64_t row_total, const float* keys, const int64_t* at, int64_t octets,
+template <int MR, class T>
+AXPO_INLINE void score_few(const float* rows, int64_t row_total, const T* keys, const int64_t* at, int64_t octets,
                            int64_t dim, float* scores) {
   int64_t o = 0;
   if constexpr (MR <= 2) {  // two octets at once, for enough independent chains
@@ -91,49 +159,62 @@ AXPO_INLINE void score_few(const float* rows, int64_t row_total, const float* ke
   for (; o < octets; ++o) score_direct<MR, 1>(rows, row_total, keys, at + o, dim, scores + 8 * o);
 }
 
-// Two octets of keys transposed into [strips * 16][16], for products with many rows.
-AXPO_INLINE void pack_keys(const float* keys, const int64_t* at, int64_t dim, float* out) {
-  for (int half = 0; half < 2; ++half) {
-    for (int64_t d = 0; d < dim; d += 4) {
-      f32x8 columns[4];
-      load_columns4(keys + at[half] + d, dim, columns);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) store8(out + (d + k) * kStrip + 8 * half, columns[k]);
+// 2 kLanes keys transposed into [strips * 16][2 kLanes], for products with many rows.
+template <int kLanes, class T>
+AXPO_INLINE void pack_keys(const T* keys, const int64_t* at, int64_t dim, float* out) {
+  constexpr int kPanel = 2 * kLanes;
+  for (int o = 0; o < kPanel / 8; ++o) {
+    for (int64_t d = 0; d < dim; d += Octet<T>::kColumns) {
+      Octet<T> octet;
+      octet.load(keys + at[o] + d, dim);
+#pragma GCC unroll 8
+      for (int k = 0; k < Octet<T>::kColumns; ++k) store8(out + (d + k) * kPanel + 8 * o, octet.column(k));
     }
-    for (int64_t d = dim; d < strips(dim) * kStrip; ++d) store8(out + d * kStrip + 8 * half, splat8(0.0f));
+    for (int64_t d = dim; d < strips(dim) * kStrip; ++d) store8(out + d * kPanel + 8 * o, splat8(0.0f));
   }
 }
 
-template <int MR>
+template <int MR, int kLanes>
 AXPO_INLINE void score_packed(const float* rows, int64_t row_total, const float* keys, int64_t dim, float* scores) {
-  f32x8 acc[MR][2] = {};
-  for (int64_t s = 0; s < strips(dim); ++s) {
-    fma16<MR, kStrip, 1>(acc, rows + s * row_total * kStrip, keys + s * kStrip * kStrip);
+  using L = Lanes<kLanes>;
+  typename L::V acc[MR][2] = {};
+  for (int64_t s = 0; s < strips(dim); ++s, rows += row_total * kStrip) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kStrip; ++k, keys += 2 * kLanes) {
+      const typename L::V b0 = L::load(keys), b1 = L::load(keys + kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const float x = rows[r * kStrip + k];
+        acc[r][0] += b0 * x;
+        acc[r][1] += b1 * x;
+      }
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
-    store8(scores + r * kSplit, acc[r][0]);
-    store8(scores + r * kSplit + 8, acc[r][1]);
+    L::store(scores + r * kSplit, acc[r][0]);
+    L::store(scores + r * kSplit + kLanes, acc[r][1]);
   }
 }
 
-// out[r][d .. d + 8 NV) += sum over the keys of weights[r][key] * values[key][d ..].
-template <int MR, int NV>
-AXPO_INLINE void value_block(const float* weights, const float* values, const int64_t* at, int64_t count, int64_t d,
+// out[r][d .. d + kLanes NV) += sum over the keys of weights[r][key] * values[key][d ..].
+template <int MR, int NV, int kLanes, class T>
+AXPO_INLINE void value_block(const float* weights, const T* values, const int64_t* at, int64_t count, int64_t d,
                              int64_t dim, float* out) {
-  f32x8 acc[MR][NV];
+  using L = Lanes<kLanes>;
+  typename L::V acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) acc[r][c] = load8(out + r * dim + d + 8 * c);
+    for (int c = 0; c < NV; ++c) acc[r][c] = L::load(out + r * dim + d + kLanes * c);
   }
   for (int64_t start = 0; start < count; start += 8) {
-    const float* value = values + at[start / 8] + d;
-    const float* end = value + std::min<int64_t>(8, count - start) * dim;
+    const T* value = values + at[start / 8] + d;
+    const T* end = value + std::min<int64_t>(8, count - start) * dim;
     for (const float* w = weights + start; value != end; value += dim, ++w) {
-      f32x8 v[NV];
+      typename L::V v[NV];
 #pragma GCC unroll 8
-      for (int c = 0; c < NV; ++c) v[c] = load8(value + 8 * c);
+      for (int c = 0; c < NV; ++c) v[c] = L::load(value + kLanes * c);
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
         const float x = w[r * kSplit];
@@ -145,21 +226,27 @@ AXPO_INLINE void value_block(const float* weights, const float* values, const in
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) store8(out + r * dim + d + 8 * c, acc[r][c]);
+    for (int c = 0; c < NV; ++c) L::store(out + r * dim + d + kLanes * c, acc[r][c]);
   }
 }
 
-template <int MR>
-AXPO_INLINE void value_rows(const float* weights, const float* values, const int64_t* at, int64_t count, int64_t dim,
+template <int MR, int kLanes, class T>
+AXPO_INLINE void value_rows(const float* weights, const T* values, const int64_t* at, int64_t count, int64_t dim,
                             float* out) {
   constexpr int kWide = MR == 1 ? 8 : MR == 2 ? 4 : 2;  // fills the registers
   int64_t d = 0;
-  for (; d + 8 * kWide <= dim; d += 8 * kWide) value_block<MR, kWide>(weights, values, at, count, d, dim, out);
-  for (; d < dim; d += 8) value_block<MR, 1>(weights, values, at, count, d, dim, out);
+  for (; d + kLanes * kWide <= dim; d += kLanes * kWide) {
+    value_block<MR, kWide, kLanes>(weights, values, at, count, d, dim, out);
+  }
+  for (; d < dim; d += 8) value_block<MR, 1, 8>(weights, values, at, count, d, dim, out);
 }
 
+// Rows that one product keeps in registers: there are 32 of 16 lanes, or 16 of 8.
+template <int kLanes>
+constexpr int kRows = kLanes == 16 ? 8 : 6;
+
 // Calls f.run<MR>(r) for blocks of MR <= kBlock rows from r that cover 0 .. rows - 1.
-template <class F>
+template <int kBlock, class F>
 AXPO_INLINE void for_row_blocks(int64_t rows, const F& f) {
   int64_t r = 0;
   for (; r + kBlock <= rows; r += kBlock) f.template run<kBlock>(r);
@@ -169,14 +256,19 @@ AXPO_INLINE void for_row_blocks(int64_t rows, const F& f) {
     case 3: return f.template run<3>(r);
     case 4: return f.template run<4>(r);
     case 5: return f.template run<5>(r);
-    default: return;
+    default: break;
+  }
+  if constexpr (kBlock > 6) {
+    if (rows - r == 6) f.template run<6>(r);
+    if (rows - r == 7) f.template run<7>(r);
   }
 }
 
+template <class T>
 struct FewScores {
   const float* q;
   int64_t row_total;
-  const float* keys;
+  const T* keys;
   const int64_t* at;
   int64_t octets, dim;
   float* scores;
@@ -186,6 +278,7 @@ struct FewScores {
   }
 };
 
+template <int kLanes>
 struct PackedScores {
   const float* q;
   int64_t row_total;
@@ -194,19 +287,20 @@ struct PackedScores {
   float* scores;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    score_packed<MR>(q + r * kStrip, row_total, keys, dim, scores + r * kSplit);
+    score_packed<MR, kLanes>(q + r * kStrip, row_total, keys, dim, scores + r * kSplit);
   }
 };
 
+template <int kLanes, class T>
 struct WeightedValues {
   const float* weights;
-  const float* values;
+  const T* values;
   const int64_t* at;
   int64_t count, dim;
   float* out;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    value_rows<MR>(weights + r * kSplit, values, at, count, dim, out + r * dim);
+    value_rows<MR, kLanes>(weights + r * kSplit, values, at, count, dim, out + r * dim);
   }
 };
 

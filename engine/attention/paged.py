@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.memory import KVCache
-from kernels import decoder_layer, paged_attention, write_kv
+from kernels import PagedPlan, decoder_layer, paged_attention, write_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +14,8 @@ class PagedAttention:
 
     block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32, context_lens [S] int32 (tokens that the last query
     sees), slot_mapping [W] int64 (where new K and V go: block * block_size + offset), writes: the W packed rows that
-    are new, or None when all are (a fork's first query re-reads a token whose KV it shares). whole_layers: `layer` may be
-    called.
+    are new, or None when all are (a fork's first query re-reads a token whose KV it shares). plan: what is read
+    together, for all layers. whole_layers: `layer` may be called.
     """
 
     kv: KVCache
@@ -25,6 +25,7 @@ class PagedAttention:
     slot_mapping: Tensor
     writes: Tensor | None
     scale: float
+    plan: PagedPlan
     whole_layers: bool
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,7 +33,8 @@ class PagedAttention:
         if self.writes is not None:
             k, v = k[self.writes], v[self.writes]
         write_kv(k, v, k_cache, v_cache, self.slot_mapping)
-        return paged_attention(q, k_cache, v_cache, self.block_tables, self.cu_seqlens_q, self.context_lens, self.scale)
+        tables, starts, lengths = self.block_tables, self.cu_seqlens_q, self.context_lens
+        return paged_attention(q, k_cache, v_cache, tables, starts, lengths, self.scale, self.plan)
 
     def layer(
         self,
@@ -61,4 +63,5 @@ class PagedAttention:
             self.context_lens,
             eps,
             self.scale,
+            self.plan.share,
         )

@@ -153,7 +153,10 @@ def test_an_image_is_sixteen_tokens(conversation: Conversation) -> None:
 def test_tags_that_a_question_quotes_stay_letters(conversation: Conversation) -> None:
     processor = conversation.processor
     image = processor.image(noise(random.Random(), 32, 32))
-    quoted = [{"type": "image"}, {"type": "text", "text": "What does <|image_pad|> mean, and <tool_call> or <|im_end|>?"}]
+    quoted = [
+        {"type": "image"},
+        {"type": "text", "text": "What does <|image_pad|> mean, and <tool_call> or <|im_end|>?"},
+    ]
     tokens = conversation.prompt([{"role": "user", "content": quoted}], [image])
     plain = conversation.prompt([ASK], [image])
     for tag in ("<|image_pad|>", "<tool_call>", "<|im_end|>"):

@@ -1,8 +1,14 @@
 """write_kv and copy_blocks: exact copies, in place, and nothing else touched."""
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 from kernels import copy_blocks, write_kv
 from kernels._library import LOADED
@@ -62,7 +68,7 @@ def test_a_slot_outside_the_cache_is_an_error_and_nothing_is_written(slot):
 
 
 @pytest.mark.parametrize("function", [copy_blocks, copy_blocks_reference])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_copy_takes_the_valid_tokens_of_every_layer_and_no_more(function, dtype):
     seed = fresh_seed()
     rng = np.random.default_rng(seed)
@@ -116,6 +122,35 @@ def test_wrong_shapes_are_named():
         write_kv(k, k, cache, cache, slots.int())
     with pytest.raises(ValueError, match="copy_blocks"):
         copy_blocks(torch.zeros(2, 2, 4, 2, 8, 16), slots, slots[:2], slots)
+
+
+@needs_cpp
+def test_bfloat16_is_written_in_cpp():
+    """Which the reference would do too, but slower: that the explicit choice serves it."""
+    kv = torch.zeros(1, 2, 4, 2, 8, 16, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 3, 2, 16).bfloat16()
+    slots = torch.tensor([0, 9, 31])
+    write_kv(k, v, kv[0, 0], kv[0, 1], slots, backend="cpp")
+    copy_blocks(kv, torch.tensor([1]), torch.tensor([2]), torch.tensor([2]), backend="cpp")
+    assert torch.equal(kv[0, 0, 1, :, 1], k[1]) and torch.equal(kv[0, 1, 2, :, 1], v[1])
+    with pytest.raises(ValueError, match="cannot serve this call"):
+        write_kv(k.float(), v.float(), kv[0, 0], kv[0, 1], slots, backend="cpp")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there are no CUDA headers")
+def test_the_binding_of_the_cuda_kernels_compiles(tmp_path):
+    """The .cu files themselves: tests/kernels/test_aot.py."""
+    made_by_cmake = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # a CPU build of torch lacks it
+    made_by_cmake.parent.mkdir(parents=True)
+    made_by_cmake.touch()
+    toolkit = subprocess.run(["nvcc", "-x", "cu", "-E", "-dryrun", "-"], capture_output=True, text=True).stderr
+    cuda = re.search(r"^#\$ TOP=(.*)$", toolkit, re.MULTILINE)
+    assert cuda is not None, toolkit
+    paths = [*include_paths("cpu"), f"{cuda.group(1).strip()}/include", str(tmp_path)]
+    source = Path(__file__).parents[2] / "csrc" / "cuda" / "bindings.cpp"
+    command = ["g++", "-fsyntax-only", "-std=c++20", *(flag for path in paths for flag in ("-isystem", path))]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_cpp

@@ -6,7 +6,7 @@ import torch
 
 from kernels import paged_attention, write_kv
 from kernels._library import LOADED
-from kernels.paged_attention import paged_attention_reference
+from kernels.paged_attention import paged_attention_reference, paged_plan
 
 needs_cpp = pytest.mark.skipif(not LOADED, reason="the C++ kernels are not built")
 
@@ -206,12 +206,43 @@ def test_large_scores_do_not_overflow():
     assert (found - truth).abs().max() < 2e-3, f"seed {seed}"
 
 
-def test_bfloat16_takes_the_reference():
+@needs_cpp
+def test_bfloat16_is_the_rounded_fp32_result_of_the_same_values():
+    seed = fresh_seed()
+    rng = np.random.default_rng(seed)
+    for shape in ((4, 2, 32, 16), (7, 1, 24, 8), (32, 1, 128, 16)):
+        batch = random_batch(rng, seed, *shape)
+        batch.tables[1:, 0] = batch.tables[0, 0]
+        floats = batch.q, batch.k_cache.nan_to_num(), batch.v_cache.nan_to_num()
+        narrow = [x.bfloat16() for x in floats]
+        rest = batch.tables, batch.starts, batch.contexts, batch.scale
+        out = paged_attention(*narrow, *rest, backend="cpp")
+        expected = paged_attention(*(x.float() for x in narrow), *rest, backend="cpp")
+        assert torch.equal(out, expected.bfloat16()), f"seed {seed}, shape {shape}"
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sharing_can_be_switched_off_and_changes_no_bit(dtype):
+    seed = fresh_seed()
+    batch = Batch([600] * 9, [1] * 9, 4, 2, 64, 16, seed)
+    batch.tables[1:, :33] = batch.tables[0, :33]
+    floats = [x.nan_to_num().to(dtype) for x in (batch.q, batch.k_cache, batch.v_cache)]
+    lengths = batch.tables, batch.starts, batch.contexts
+    shared, alone = (
+        paged_attention(*floats, *lengths, batch.scale, plan=paged_plan(*lengths, 4, floats[1], share=share))
+        for share in (True, False)
+    )
+    assert torch.equal(shared, alone), f"seed {seed}"
+
+
+def test_mixed_dtypes_take_the_reference():
     batch = Batch([40, 7], [4, 1], 4, 2, 32, 16, fresh_seed())
     q, k_cache, v_cache, *rest = batch.arguments()
-    out = paged_attention(q.bfloat16(), k_cache.bfloat16(), v_cache.bfloat16(), *rest)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), batch.run(), rtol=0.05, atol=0.05)
+    out = paged_attention(q, k_cache.bfloat16(), v_cache.bfloat16(), *rest)
+    torch.testing.assert_close(out, batch.run(), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="cannot serve this call"):
+        paged_attention(q, k_cache.bfloat16(), v_cache.bfloat16(), *rest, backend="cpp")
 
 
 @needs_cpp
