@@ -67,7 +67,7 @@ def _content(text: str, images: int) -> list[dict[str, Any]]:
 
 
 def _letters(content: Any) -> Any:
-    """What people and tools write, with tags that no tokenizer takes for its own: a quoted <|image_pad|> is no image."""
+    """What people and tools write, with tags that no tokenizer takes for its own: a quoted <|image_pad|> is text."""
     if isinstance(content, str):
         return _MARKUP.sub("< ", content)
     return [{**part, "text": _letters(part["text"])} if part.get("type") == "text" else part for part in content]

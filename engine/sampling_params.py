@@ -11,7 +11,7 @@ class SamplingParams:
     """vLLM's names and meanings. `seed` keys the noise of a branch: one seed draws one noise at one position.
 
     n: continuations of a prompt. temperature: 0 is greedy. top_k: 0 is off. min_p: relative to the most probable token.
-    presence_penalty, frequency_penalty: subtracted from the logits of tokens sampled in this run, once or for each time;
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens that this run sampled, once or each time;
     repetition_penalty: divides (multiplies, where negative) the logits of all tokens in the sequence.
     logit_bias: token id -> added to its logit. bad_words: never completed.
     stop: strings that end the run; the text ends before them unless include_stop_str_in_output. stop_token_ids: tokens

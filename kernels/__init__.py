@@ -4,7 +4,7 @@ from kernels import _claim  # noqa: F401  before anything can import transformer
 from kernels.decoder_layer import can_run_layers, decoder_layer
 from kernels.kv_cache import copy_blocks, write_kv
 from kernels.linear_logprob_entropy import linear_logprob_entropy, linear_logprob_state, merge_shards
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import PagedPlan, paged_attention, paged_plan
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rotary import rotary
 from kernels.sampling import linear_sample, sample
@@ -12,6 +12,7 @@ from kernels.swiglu import swiglu
 from kernels.tree_attention import tree_attention
 
 __all__ = [
+    "PagedPlan",
     "add_rmsnorm",
     "can_run_layers",
     "copy_blocks",
@@ -21,6 +22,7 @@ __all__ = [
     "linear_sample",
     "merge_shards",
     "paged_attention",
+    "paged_plan",
     "rmsnorm",
     "rotary",
     "sample",

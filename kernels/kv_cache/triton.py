@@ -1,4 +1,4 @@
-"""Writes into the paged KV cache in Triton: the keys and values of a step, copy-on-write of all layers in one launch."""
+"""The paged KV cache in Triton: writes of a step's keys and values, copy-on-write of all layers in one launch."""
 
 from typing import Any
 

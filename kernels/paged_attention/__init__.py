@@ -41,8 +41,8 @@ def paged_attention(
     plan: of `paged_plan`, for the same tables, lengths and device; one serves every layer of a step. Without one it is
     made here, which on CUDA waits for the device.
     backend: "triton" (q, k_cache and v_cache of one dtype of at most 32 bits, caches of equal strides, Hq / Hk at most
-    64, D at most 256), "cpp" (fp32 or bf16 throughout, D a multiple of 8 up to 256, block_size of 8) or "reference"; default:
-    the best that can serve the call.
+    64, D at most 256), "cpp" (fp32 or bf16 throughout, D a multiple of 8 up to 256, block_size of 8) or "reference";
+    default: the best that can serve the call.
 
     A row's result depends on nothing but its own query and the keys and values it sees: not on the batch, not on what
     is shared, not on how a prefill was cut, not on the number of threads; bit for bit, on one backend and device.

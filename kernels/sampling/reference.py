@@ -42,7 +42,7 @@ def sample_reference(
 def truncate(
     z: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Logits [B, V] at the sampling temperature with -inf where min-p, top-k and top-p, in this order, remove a token."""
+    """Logits [B, V] at the sampling temperature, -inf where min-p, top-k and top-p, in this order, remove a token."""
     if min_p is not None:
         if not ((min_p >= 0) & (min_p <= 1)).all():
             raise ValueError(f"sample: min_p = {min_p.tolist()} must lie in [0, 1], where 0 is off")
