@@ -163,8 +163,6 @@ def decode(s: Shape) -> tuple:
 
 def decode_plan(q, k_cache, v_cache, tables, starts, lengths, scale) -> dict[str, Any]:
     module = importlib.import_module("kernels.paged_attention")
-    if not hasattr(module, "paged_plan"):
-        return {}
     return {"plan": module.paged_plan(tables.cpu(), starts.cpu(), lengths.cpu(), q.shape[1], k_cache)}
 
 
@@ -205,6 +203,11 @@ def head_work(products: int) -> Callable[..., Work]:
         return Work(size(hidden, weight) * products, 2 * products * len(hidden) * weight.numel())
 
     return work
+
+
+def head_sampling(s: Shape) -> tuple:
+    hidden, weight, _ = head(s)
+    return hidden[: s.sequences], weight, *sampling(s)[1:4]
 
 
 def sample_work(logits, *_) -> Work:
@@ -347,6 +350,14 @@ CASES = (
         function="sample",
         arguments=lambda s: sampling(s, top_p=0.9),
         forward=sample_work,
+        compiled=False,
+    ),
+    Case(
+        name="linear_sample",
+        module="kernels.sampling",
+        function="linear_sample",
+        arguments=head_sampling,
+        forward=lambda hidden, weight, *_: Work(size(hidden, weight), 2 * len(hidden) * weight.numel()),
         compiled=False,
     ),
 )
