@@ -205,13 +205,14 @@ def head_work(products: int) -> Callable[..., Work]:
     return work
 
 
-def head_sampling(s: Shape) -> tuple:
-    hidden, weight, _ = head(s)
-    return hidden[: s.sequences], weight, *sampling(s)[1:4]
-
-
 def sample_work(logits, *_) -> Work:
     return Work(size(logits))
+
+
+def head_sampling(s: Shape) -> tuple:
+    hidden, weight = torch.randn(s.sequences, s.hidden), torch.randn(s.vocabulary, s.hidden)
+    rows = torch.arange(s.sequences)
+    return hidden, weight.mul_(3 * s.hidden**-0.5), rows, rows, torch.ones(s.sequences, dtype=torch.float32)
 
 
 CASES = (
@@ -357,7 +358,7 @@ CASES = (
         module="kernels.sampling",
         function="linear_sample",
         arguments=head_sampling,
-        forward=lambda hidden, weight, *_: Work(size(hidden, weight), 2 * len(hidden) * weight.numel()),
+        forward=lambda hidden, weight, *_: head_work(1)(hidden, weight, None),
         compiled=False,
     ),
 )
