@@ -33,6 +33,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    layers: int  # of the cache that a copied block has
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +163,6 @@ def decode(s: Shape) -> tuple:
 
 def decode_plan(q, k_cache, v_cache, tables, starts, lengths, scale) -> dict[str, Any]:
     module = importlib.import_module("kernels.paged_attention")
-    if not hasattr(module, "paged_plan"):
-        return {}
     return {"plan": module.paged_plan(tables.cpu(), starts.cpu(), lengths.cpu(), q.shape[1], k_cache)}
 
 
@@ -180,8 +179,8 @@ def slots(s: Shape) -> tuple:
 
 
 def copies(s: Shape) -> tuple:
-    """The half-full tail blocks of 15 forks, in 36 layers."""
-    kv = torch.randn(36, 2, 64, s.kv_heads, BLOCK, s.head_dim)
+    """The half-full tail blocks of 15 forks, in all layers."""
+    kv = torch.randn(s.layers, 2, 64, s.kv_heads, BLOCK, s.head_dim)
     return kv, torch.zeros(15, dtype=torch.int64), torch.arange(15) + 1, torch.full((15,), BLOCK // 2)
 
 

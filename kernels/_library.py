@@ -58,7 +58,7 @@ def choose(
 
     backend: an explicit choice, which comes before AXPO_KERNELS, which comes before the automatic one.
     tensors: the floating-point operands (None is passed over); integer operands follow their device.
-    cpp, triton: whether that implementation knows the shapes at hand; cpp_dtypes: what the C++ one takes.
+    cpp, triton: whether that implementation knows the shapes at hand. cpp_dtypes: those that the C++ one knows.
     An explicit "triton" on CPU tensors runs Triton's interpreter (kernels/_triton.py), which is slow.
     Raises ValueError when the explicit choice cannot serve the call. The automatic one falls back to "reference".
     """
@@ -77,7 +77,7 @@ def choose(
 def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU.
 
-    dtypes: for operators that take more than fp32.
+    dtypes: in place of fp32, for an operator that knows others.
     """
     return LOADED and all(t is None or (t.is_cpu and t.dtype in dtypes) for t in tensors)
 
@@ -101,5 +101,5 @@ def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, 
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"
         if not cpp:
-            return "the C++ kernels serve fp32 tensors on the CPU, of shapes that their docstring names"
+            return "the C++ kernels serve tensors on the CPU, of dtypes and shapes that their docstring names"
     return None
