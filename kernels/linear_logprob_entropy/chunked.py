@@ -10,40 +10,33 @@ import torch
 from kernels._library import use_cpp
 from kernels.linear_logprob_entropy.state import accumulator, results
 
-# Rows and vocabulary columns taken at a time: at most 16 MiB of fp32 logits, which a last-level cache holds.
-# The columns are fixed so that the order of a row's sums never depends on N.
-ROW_CHUNK = 1024
+# Rows and vocabulary columns of each matrix product: 4 MiB of fp32 logits, which stay in a cache. BLAS libraries choose
+# a routine, and so the order of a sum, by the shape. Every product has this one, the last rows being padded: so a row's
+# bits do not depend on how many others there are.
+ROW_CHUNK = 256
 VOCAB_CHUNK = 4096
-# BLAS libraries multiply fewer rows than this by another routine, whose bits differ.
-MIN_ROWS = 4
 
 
-def row_chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of `size` rows each; a remainder below MIN_ROWS joins the chunk before it."""
-    start = 0
-    while start < total:
-        end = total if total - start < size + MIN_ROWS else start + size
-        yield start, end
-        start = end
+class Logits:
+    """Logits of `rows` rows × a chunk of the vocabulary at a time, always in the same memory."""
 
-
-def pad(x: torch.Tensor, rows: int, value: float = 0) -> torch.Tensor:
-    return torch.cat((x, x.new_full((rows, *x.shape[1:]), value))) if rows > 0 else x
-
-
-class _Logits:
-    """fp32 logits of one (rows, vocabulary) chunk at a time, always in the same memory."""
-
-    def __init__(self, hidden: torch.Tensor, vocabulary: int):
-        self.hidden, self.dtype = hidden, accumulator(hidden)
-        rows = min(ROW_CHUNK + MIN_ROWS, hidden.shape[0])
+    def __init__(self, hidden: torch.Tensor, vocabulary: int, rows: int):
+        self.hidden, self.rows, self.dtype = hidden, rows, accumulator(hidden)
         self.memory = hidden.new_empty((rows * min(vocabulary, VOCAB_CHUNK),), dtype=self.dtype)
+        self.padded = hidden.new_zeros((rows, hidden.shape[1]), dtype=self.dtype)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """[start, end) of the rows of each product."""
+        n = len(self.hidden)
+        return ((start, min(start + self.rows, n)) for start in range(0, n, self.rows))
 
     def compute(self, start: int, end: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden[start:end], its logits against `weight` [C, H]), both in the accumulator's dtype."""
-        rows = self.hidden[start:end].to(self.dtype)
-        out = self.memory[: (end - start) * weight.shape[0]].view(end - start, weight.shape[0])
-        return rows, torch.mm(rows, weight.T, out=out)
+        """(hidden[start:end], its logits against `weight` [C, H]) in the accumulator's dtype, padded to self.rows."""
+        x = self.hidden[start:end].to(self.dtype)
+        if len(x) < self.rows:
+            self.padded[: len(x)] = x
+            x = self.padded
+        return x, torch.mm(x, weight.T, out=self.memory[: self.rows * len(weight)].view(self.rows, len(weight)))
 
 
 @torch.library.custom_op("axpo::linear_logprob_state", mutates_args=())
@@ -51,19 +44,17 @@ def state(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor, vocab_start: int
 ) -> torch.Tensor:
     """The state [N, 4] (see state.py) over weight's columns, which are tokens vocab_start, vocab_start + 1, …"""
-    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
-    short = MIN_ROWS - n
-    hidden, labels, temperature = pad(hidden, short), pad(labels.contiguous(), short), pad(temperature, short, 1)
+    vocabulary, dtype, labels = weight.shape[0], accumulator(hidden), labels.contiguous()
     state = hidden.new_zeros((len(hidden), 4), dtype=torch.float64)
     state[:, 0] = state[:, 3] = -torch.inf
-    logits = _Logits(hidden, vocabulary)
+    logits = Logits(hidden, vocabulary, ROW_CHUNK)
     reduce: Callable = torch.ops.axpo.logprob_reduce.default if use_cpp(logits.memory) else reduce_reference
     for first in range(0, vocabulary, VOCAB_CHUNK):
         columns = weight[first : first + VOCAB_CHUNK].to(dtype)
-        for start, end in row_chunks(len(hidden), ROW_CHUNK):
-            _, z = logits.compute(start, end, columns)
+        for start, end in logits.blocks():
+            z = logits.compute(start, end, columns)[1][: end - start]
             reduce(z, temperature[start:end], labels[start:end], vocab_start + first, state[start:end])
-    return state[:n].clone() if short > 0 else state
+    return state
 
 
 @torch.library.custom_op("axpo::linear_logprob_entropy", mutates_args=())
@@ -104,30 +95,32 @@ def backward(
     dz[j] = g_logprob (1[j = label] − p[j]) − g_entropy p[j] (log p[j] + entropy), and hidden's logits get dz / T.
     logprob … log_sum are of the whole vocabulary, of which weight may be the part from vocab_start on.
     """
-    n, vocabulary, dtype = hidden.shape[0], weight.shape[0], accumulator(hidden)
-    short = MIN_ROWS - n
-    hidden, labels = pad(hidden, short), pad(labels.contiguous(), short, ignore_index)
+    (n, h), vocabulary, dtype, labels = hidden.shape, weight.shape[0], accumulator(hidden), labels.contiguous()
     per_row = (temperature, logprob, entropy, maximum, log_sum, grad_logprob, grad_entropy)
-    rows = [pad(x.contiguous(), short, 1) for x in per_row]
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
-    grad_weight = weight.new_zeros(weight.shape if need_weight else (0,))
-    logits = _Logits(hidden, vocabulary)
+    per_row = [x.contiguous() for x in per_row]
+    logits = Logits(hidden, vocabulary, ROW_CHUNK)
+    padded = (-(-n // ROW_CHUNK) * ROW_CHUNK, h)
+    grad_hidden = hidden.new_zeros(padded if need_hidden else (0,), dtype=dtype)
+    grad_weight = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
     gradient: Callable = torch.ops.axpo.logprob_gradient.default if use_cpp(logits.memory) else gradient_reference
     for first in range(0, vocabulary, VOCAB_CHUNK):
         columns = weight[first : first + VOCAB_CHUNK].to(dtype)
         slice_ = grad_weight[first : first + VOCAB_CHUNK]
-        total = slice_ if slice_.dtype == dtype else torch.zeros_like(slice_, dtype=dtype)
-        for start, end in row_chunks(len(hidden), ROW_CHUNK):
+        total = slice_ if slice_.dtype == dtype else torch.empty_like(slice_, dtype=dtype)
+        for start, end in logits.blocks():
             x, dz = logits.compute(start, end, columns)
-            temperature, *stats = (r[start:end] for r in rows)
-            gradient(dz, temperature, labels[start:end], vocab_start + first, ignore_index, *stats)
+            t, *stats = (r[start:end] for r in per_row)
+            gradient(dz[: end - start], t, labels[start:end], vocab_start + first, ignore_index, *stats)
+            dz[end - start :] = 0
             if need_hidden:
-                grad_hidden[start:end].addmm_(dz, columns)
-            if need_weight:
+                grad_hidden[start : start + ROW_CHUNK].addmm_(dz, columns)
+            if need_weight and start == 0:
+                torch.mm(dz.T, x, out=total)
+            elif need_weight:
                 total.addmm_(dz.T, x)
-        if total is not slice_:
+        if n and total is not slice_:
             slice_.copy_(total)
-    return grad_hidden[:n].to(hidden.dtype), grad_weight
+    return grad_hidden[:n].to(hidden.dtype, copy=len(grad_hidden) > n), grad_weight
 
 
 def reduce_reference(

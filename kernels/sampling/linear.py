@@ -8,8 +8,9 @@ from kernels.linear_logprob_entropy.dispatch import implementation
 from kernels.linear_logprob_entropy.state import accumulator
 from kernels.sampling.reference import sample_reference
 
-# Rows whose logits exist at a time where they have to: 78 MB for Qwen3's vocabulary.
-ROWS = 128
+# Rows whose logits exist at a time where they have to. Fewer are padded to as many, so that a row's logits do not
+# depend on the batch (see chunked.ROW_CHUNK).
+ROWS = 32
 
 
 def linear_sample(
@@ -79,13 +80,12 @@ def _of_chunked_logits(
     banned: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The logits by the products that linear_logprob_entropy makes, then sample."""
-    n, dtype, width = len(hidden), accumulator(hidden), chunked.VOCAB_CHUNK
-    hidden = chunked.pad(hidden, chunked.MIN_ROWS - n).to(dtype)
-    logits = hidden.new_empty((len(hidden), len(weight)))
+    n, width = len(hidden), chunked.VOCAB_CHUNK
+    chunk = chunked.Logits(hidden, len(weight), ROWS)
+    logits = hidden.new_empty((n, len(weight)), dtype=torch.float32)
     for first in range(0, len(weight), width):
-        columns = weight[first : first + width].to(dtype)
-        torch.mm(hidden, columns.T, out=logits[:, first : first + width])
-    logits = logits[:n].float()
+        columns = weight[first : first + width].to(chunk.dtype)
+        logits[:, first : first + width] = chunk.compute(0, n, columns)[1][:n]
     top_k, top_p = torch.zeros_like(seeds), torch.ones_like(temperature)
     f = torch.ops.axpo.sample.default if use_cpp(logits) else sample_reference
     return f(logits, seeds, positions, temperature, top_k, top_p, banned, None)

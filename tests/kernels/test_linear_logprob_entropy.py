@@ -163,18 +163,23 @@ def test_invariants(kind, generator, small_chunks):
 
 
 @fused_only
-def test_bitwise_equal_across_runs_threads_and_batches(generator, with_threads, monkeypatch):
-    """Rows of hidden's gradient and both outputs do not depend on the other rows; nothing depends on the threads.
-
-    (Matrices of a few dozen columns are left out: there BLAS hands each thread so little that it changes its routine.)
-    """
-    monkeypatch.setattr(module, "VOCAB_CHUNK", 256)
-    monkeypatch.setattr(module, "ROW_CHUNK", 64)
+def test_bitwise_equal_across_runs_and_threads(generator, with_threads, small_chunks):
+    """Of small matrices: BLAS libraries cut longer sums by the number of threads."""
     case = problem(200, 600, generator, h=128)
     once = run(linear_logprob_entropy, *case)
     for threads in (1, 2, 3):
         results = with_threads(threads, lambda: run(linear_logprob_entropy, *case))
         assert all(map(torch.equal, results, once)), f"{threads} threads"
+
+
+@fused_only
+@pytest.mark.parametrize(("h", "v", "columns"), [(128, 600, 256), (600, 2300, 1024)])
+def test_bitwise_equal_across_batches(h, v, columns, generator, monkeypatch):
+    """Rows of hidden's gradient and of both outputs do not depend on the other rows."""
+    monkeypatch.setattr(module, "VOCAB_CHUNK", columns)
+    monkeypatch.setattr(module, "ROW_CHUNK", 64)
+    case = problem(200, v, generator, h=h)
+    once = run(linear_logprob_entropy, *case)
     for rows in (slice(0, 1), slice(7, 9), slice(50, 53), slice(11, 177)):
         hidden, weight, *rest = case
         part = run(linear_logprob_entropy, hidden[rows], weight, *(t[rows] for t in rest))
