@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, prefix: int, forks: int, dtype: torch.dtyp
     tables = torch.cat([order[:shared].expand(forks, -1), order[shared:].view(forks, own)], dim=1).contiguous()
     starts, contexts = torch.arange(forks + 1).int(), torch.full((forks,), context).int()
     q = torch.randn(forks, args.heads, args.head_dim, device=device).to(dtype)
-    arguments = [x.to(device) for x in (tables, starts, contexts)] + [args.head_dim**-0.5]
+    arguments = tables.to(device), starts.to(device), contexts.to(device), args.head_dim**-0.5
     result, took = [], []
     for share in (True, False):
         plan = paged_plan(tables, starts, contexts, args.heads, kv[0, 0], share=share, backend=args.backend)

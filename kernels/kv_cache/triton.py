@@ -1,4 +1,4 @@
-"""Writes into the paged KV cache in Triton: the keys and values of a step, copy-on-write of all layers in one launch."""
+"""Cache writes in Triton: the keys and values of a step, and copy-on-write of all layers in one launch."""
 
 from typing import Any
 
