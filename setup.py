@@ -32,9 +32,10 @@ def missing_requirement() -> str | None:
 
 def has_nvcc() -> bool:
     """Whether the CUDA kernels can be built: a CUDA torch and the nvcc that it finds."""
-    import torch.utils.cpp_extension as cpp_extension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
-    return cpp_extension.torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    return torch.version.cuda is not None and CUDA_HOME is not None
 
 
 def extension() -> dict:

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "paged_tile.h"
@@ -45,6 +46,18 @@ struct Prefetcher {
         key = member == end ? 0 : member->shared / kGroup * kGroup;
       }
     }
+  }
+};
+
+// Fetches `keys` ahead in `steps` equal parts.
+template <class T>
+struct Spread {
+  Prefetcher<T>& ahead;
+  int64_t keys, steps, done = 0;
+
+  AXPO_INLINE void operator()() {
+    ahead.run(keys * (done + 1) / steps - keys * done / steps);
+    ++done;
   }
 };
 
@@ -98,10 +111,10 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
   const int64_t row_total = (rows + 7) / 8 * 8, strip_count = strips(c.dim);
   float* q = scratch;
   float* scores = q + row_total * strip_count * kStrip;
-  float* part = scores + row_total * kSplit;  // output of the split, then of all splits so far
+  float* part = scores + row_total * kScores;  // output of the split, then of all splits so far
   float* out = part + row_total * c.dim;
   float* panel = out + row_total * c.dim;
-  float* part_peak = panel + strip_count * kStrip * 2 * kStrip;  // base 2
+  float* part_peak = panel + strip_count * kStrip * kGroup;  // base 2
   float* part_sum = part_peak + row_total;
   float* peak = part_sum + row_total;
   float* sum = peak + row_total;
@@ -129,15 +142,19 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       const Run& run = runs[i];
       const int64_t octets = (run.count + 7) / 8;
       const float* run_q = q + run.row * kStrip;
-      float* to = scores + run.row * kSplit + run.key;
-      ahead.run(run.count / 2);
+      float* to = scores + run.row * kScores + run.key;
       if (run.rows <= kFew) {
-        for_row_blocks<kFew>(run.rows, FewScores<T>{run_q, row_total, c.k, run.at, octets, c.dim, to});
+        const FewScores<T> product{run_q, row_total, c.k, run.at, octets, c.dim, to};
+        for_row_blocks<kFew>(run.rows, product, Spread<T>{ahead, run.count / 2, 1});
         continue;
       }
-      for (int64_t o = 0; o < octets; o += kLanes / 4) {
+      constexpr int64_t kPanel = kLanes / 4;  // octets
+      const int64_t blocks = (run.rows + kRows<kLanes> - 1) / kRows<kLanes>;
+      Spread<T> fetch{ahead, run.count / 2, blocks * ((octets + kPanel - 1) / kPanel)};
+      for (int64_t o = 0; o < octets; o += kPanel) {
         pack_keys<kLanes>(c.k, run.at + o, c.dim, panel);
-        for_row_blocks<kRows<kLanes>>(run.rows, PackedScores<kLanes>{run_q, row_total, panel, c.dim, to + 8 * o});
+        const PackedScores<kLanes> product{run_q, row_total, panel, c.dim, to + 8 * o};
+        for_row_blocks<kRows<kLanes>>(run.rows, product, fetch);
       }
     }
 
@@ -146,17 +163,28 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       const Member& member = tile.members[m];
       for (int64_t i = 0; i < member.tokens * c.group; ++i, ++r) {
         const int64_t seen = std::clamp<int64_t>(member.position + i / c.group + 1 - start, 0, kSplit);
-        softmax_row(scores + r * kSplit, seen, width, part_peak + r, part_sum + r);
+        softmax_row(scores + r * kScores, seen, width, part_peak + r, part_sum + r);
       }
     }
 
     std::fill_n(part, rows * c.dim, 0.0f);
     for (int64_t i = 0; i < run_count; ++i) {
       const Run& run = runs[i];
-      ahead.run(run.count - run.count / 2);
-      for_row_blocks<kRows<kLanes>>(
-          run.rows, WeightedValues<kLanes, T>{scores + run.row * kSplit + run.key, c.v, run.at, run.count, c.dim,
-                                              part + run.row * c.dim});
+      const int64_t blocks = (run.rows + kRows<kLanes> - 1) / kRows<kLanes>;
+      const Spread<T> fetch{ahead, run.count - run.count / 2, blocks};
+      const float* weights = scores + run.row * kScores + run.key;
+      float* to = part + run.row * c.dim;
+      if constexpr (!std::is_same_v<T, float>) {
+        if (run.rows > kFew) {  // read by several blocks of rows: widened once
+          int64_t at[kGroup / 8];
+          widen_values(c.v, run, c.dim, panel, at);
+          const WeightedValues<kLanes, float> product{weights, panel, at, run.count, c.dim, to};
+          for_row_blocks<kRows<kLanes>>(run.rows, product, Spread<T>{fetch});
+          continue;
+        }
+      }
+      const WeightedValues<kLanes, T> product{weights, c.v, run.at, run.count, c.dim, to};
+      for_row_blocks<kRows<kLanes>>(run.rows, product, Spread<T>{fetch});
     }
 
     // Every row sees key 0, so its maximum is finite from the first split on; a split that it does not see adds 0.

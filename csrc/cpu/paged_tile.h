@@ -11,6 +11,7 @@ using namespace axpo;
 
 constexpr int kSplit = 256;    // keys reduced together; results depend on it, so it is one constant
 constexpr int kGroup = 32;     // keys handled between two calls of the prefetcher
+constexpr int kScores = kSplit + 16;  // floats from one row of scores to the next: not a multiple of a page's sets
 constexpr int kTileRows = 48;  // rows of a tile
 constexpr int kFew = 6;        // up to so many rows, keys are transposed in registers instead of being packed
 
@@ -51,7 +52,7 @@ int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group)
 
 int64_t scratch_size(int64_t group, int64_t dim) {
   const int64_t rows = (max_rows(group) + 7) / 8 * 8;
-  return rows * (strips(dim) * kStrip + kSplit + 2 * dim + 6) + strips(dim) * kStrip * 2 * kStrip;
+  return rows * (strips(dim) * kStrip + kScores + 2 * dim + 6) + strips(dim) * kStrip * kGroup;
 }
 
 // Vectors of kLanes floats. Lanes are different keys or different columns of the output, never parts of one sum, so
@@ -145,7 +146,7 @@ AXPO_INLINE void score_direct(const float* rows, int64_t row_total, const T* key
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 2
-    for (int o = 0; o < kOctets; ++o) store8(scores + r * kSplit + 8 * o, acc[r][o]);
+    for (int o = 0; o < kOctets; ++o) store8(scores + r * kScores + 8 * o, acc[r][o]);
   }
 }
 
@@ -174,6 +175,16 @@ AXPO_INLINE void pack_keys(const T* keys, const int64_t* at, int64_t dim, float*
   }
 }
 
+// The values of a run as floats, [count][dim], and where its octets begin there.
+AXPO_INLINE void widen_values(const c10::BFloat16* values, const Run& run, int64_t dim, float* out, int64_t* at) {
+  for (int64_t o = 0; 8 * o < run.count; ++o) {
+    const c10::BFloat16* octet = values + run.at[o];
+    const int64_t count = std::min<int64_t>(8, run.count - 8 * o) * dim;
+    at[o] = 8 * o * dim;
+    for (int64_t i = 0; i < count; i += 8) store8(out + at[o] + i, Lanes<8>::load(octet + i));
+  }
+}
+
 template <int MR, int kLanes>
 AXPO_INLINE void score_packed(const float* rows, int64_t row_total, const float* keys, int64_t dim, float* scores) {
   using L = Lanes<kLanes>;
@@ -192,8 +203,8 @@ AXPO_INLINE void score_packed(const float* rows, int64_t row_total, const float*
   }
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
-    L::store(scores + r * kSplit, acc[r][0]);
-    L::store(scores + r * kSplit + kLanes, acc[r][1]);
+    L::store(scores + r * kScores, acc[r][0]);
+    L::store(scores + r * kScores + kLanes, acc[r][1]);
   }
 }
 
@@ -217,7 +228,7 @@ AXPO_INLINE void value_block(const float* weights, const T* values, const int64_
       for (int c = 0; c < NV; ++c) v[c] = L::load(value + kLanes * c);
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
-        const float x = w[r * kSplit];
+        const float x = w[r * kScores];
 #pragma GCC unroll 8
         for (int c = 0; c < NV; ++c) acc[r][c] += v[c] * x;
       }
@@ -245,11 +256,17 @@ AXPO_INLINE void value_rows(const float* weights, const T* values, const int64_t
 template <int kLanes>
 constexpr int kRows = kLanes == 16 ? 8 : 6;
 
-// Calls f.run<MR>(r) for blocks of MR <= kBlock rows from r that cover 0 .. rows - 1.
-template <int kBlock, class F>
-AXPO_INLINE void for_row_blocks(int64_t rows, const F& f) {
+// Calls f.run<MR>(r) for blocks of MR <= kBlock rows from r that cover 0 .. rows - 1, and between() before each: there
+// memory is fetched ahead, a little at a time, as the processor waits when too many lines are under way.
+template <int kBlock, class F, class Between>
+AXPO_INLINE void for_row_blocks(int64_t rows, const F& f, Between&& between) {
   int64_t r = 0;
-  for (; r + kBlock <= rows; r += kBlock) f.template run<kBlock>(r);
+  for (; r + kBlock <= rows; r += kBlock) {
+    between();
+    f.template run<kBlock>(r);
+  }
+  if (r == rows) return;
+  between();
   switch (rows - r) {
     case 1: return f.template run<1>(r);
     case 2: return f.template run<2>(r);
@@ -259,8 +276,8 @@ AXPO_INLINE void for_row_blocks(int64_t rows, const F& f) {
     default: break;
   }
   if constexpr (kBlock > 6) {
-    if (rows - r == 6) f.template run<6>(r);
-    if (rows - r == 7) f.template run<7>(r);
+    if (rows - r == 6) return f.template run<6>(r);
+    f.template run<7>(r);
   }
 }
 
@@ -274,7 +291,7 @@ struct FewScores {
   float* scores;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    score_few<MR>(q + r * kStrip, row_total, keys, at, octets, dim, scores + r * kSplit);
+    score_few<MR>(q + r * kStrip, row_total, keys, at, octets, dim, scores + r * kScores);
   }
 };
 
@@ -287,7 +304,7 @@ struct PackedScores {
   float* scores;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    score_packed<MR, kLanes>(q + r * kStrip, row_total, keys, dim, scores + r * kSplit);
+    score_packed<MR, kLanes>(q + r * kStrip, row_total, keys, dim, scores + r * kScores);
   }
 };
 
@@ -300,7 +317,7 @@ struct WeightedValues {
   float* out;
   template <int MR>
   AXPO_INLINE void run(int64_t r) const {
-    value_rows<MR, kLanes>(weights + r * kSplit, values, at, count, dim, out + r * dim);
+    value_rows<MR, kLanes>(weights + r * kScores, values, at, count, dim, out + r * dim);
   }
 };
 

@@ -1,4 +1,4 @@
-"""The paged KV cache in Triton: writes of a step's keys and values, copy-on-write of all layers in one launch."""
+"""Cache writes in Triton: the keys and values of a step, and copy-on-write of all layers in one launch."""
 
 from typing import Any
 

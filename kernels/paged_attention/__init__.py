@@ -41,7 +41,7 @@ def paged_attention(
     plan: of `paged_plan`, for the same tables, lengths and device; one serves every layer of a step. Without one it is
     made here, which on CUDA waits for the device.
     backend: "triton" (q, k_cache and v_cache of one dtype of at most 32 bits, caches of equal strides, Hq / Hk at most
-    64, D at most 256), "cpp" (fp32 or bf16 throughout, D a multiple of 8 up to 256, block_size of 8) or "reference";
+    64, D at most 256), "cpp" (fp32 or bf16 throughout, D and block_size multiples of 8, D at most 256) or "reference";
     default: the best that can serve the call.
 
     A row's result depends on nothing but its own query and the keys and values it sees: not on the batch, not on what
@@ -73,9 +73,9 @@ def paged_attention(
     from kernels.paged_attention.triton import paged_attention_triton
 
     if plan is None or plan.buffer is None:
-        host = (x.cpu() for x in (block_tables, cu_seqlens_q, context_lens))
+        tables, starts, lengths = block_tables.cpu(), cu_seqlens_q.cpu(), context_lens.cpu()
         share = plan is None or plan.share
-        plan = paged_plan(*host, q.shape[1], k_cache, share=share, backend="triton")
+        plan = paged_plan(tables, starts, lengths, q.shape[1], k_cache, share=share, backend="triton")
     return paged_attention_triton(q, k_cache, v_cache, block_tables, plan, scale)
 
 
@@ -102,11 +102,12 @@ def paged_plan(
     on_triton = choose("paged_plan", backend, k_cache, cpp_dtypes=(k_cache.dtype,)) == "triton"
     if not on_triton:
         return PagedPlan(share)
-    host = [np.asarray(x) for x in (block_tables, cu_seqlens_q, context_lens)]
+    tables, starts, lengths = np.asarray(block_tables), np.asarray(cu_seqlens_q), np.asarray(context_lens)
     tile = tile or (into.tile if into else None) or device_tile(k_cache.device)
     _, kv_heads, block_size, dim = k_cache.shape
-    _check_lengths(*host, block_size)
-    work = build(*host, tile, q_heads // kv_heads, kv_heads, dim, block_size, k_cache.element_size(), share)
+    _check_lengths(tables, starts, lengths, block_size)
+    shape = q_heads // kv_heads, kv_heads, dim, block_size, k_cache.element_size()
+    work = build(tables, starts, lengths, tile, *shape, share)
     return upload(work, tile, k_cache.device, share, into)
 
 

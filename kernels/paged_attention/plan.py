@@ -128,7 +128,10 @@ def build(
     Sequences are split up, instead of being read by a direct item a tile, when
       * they share whole splits, and the bytes that their trie saves exceed the merge of all their rows; or
       * a direct item would be longer than an even share of the step's work among the programs.
+    Raises ValueError when blocks do not divide splits.
     """
+    if tile.split % block_size:
+        raise ValueError(f"paged_plan: blocks of {block_size} tokens do not divide the split of {tile.split}")
     tables, starts = np.asarray(block_tables), np.asarray(cu_seqlens_q, dtype=np.int64)
     tokens, contexts = np.diff(starts), np.asarray(context_lens, dtype=np.int64)
     first = contexts - tokens  # position of a sequence's first query

@@ -15,9 +15,9 @@ import triton.language as tl
 
 from kernels._triton import jit, tiles
 from kernels.aot import AotCase
-from kernels.paged_attention.plan import HEADER, ITEM, PagedPlan
+from kernels.paged_attention.plan import HEADER, ITEM, ROW, PagedPlan
 
-_HEADER, _ITEM = tl.constexpr(HEADER), tl.constexpr(ITEM)
+_HEADER, _ROW, _ITEM = tl.constexpr(HEADER), tl.constexpr(ROW), tl.constexpr(ITEM)
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
@@ -88,7 +88,7 @@ def _attend(
 ):
     """scale: times log2(e). out: [T, Hq, D], partial_out [P, Hq, D], partial_lse [P, Hq] (natural log), contiguous."""
     rows = plan + _HEADER
-    items = rows + 3 * max_rows
+    items = rows + _ROW * max_rows
     row = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     ahead = tl.arange(0, KEYS)
@@ -121,7 +121,7 @@ def _attend(
             peak = tl.full([ROWS], float("-inf"), tl.float32)
             mass = tl.zeros([ROWS], tl.float32)
             stop = tl.minimum((split + 1) * SPLIT, key_end)
-            for key in range(split * SPLIT, stop, KEYS):
+            for key in range(split * SPLIT, stop, KEYS):  # pyright: ignore[reportArgumentType]
                 # What lies behind the last key may be anything, NaN too: that key is read again, with no weight.
                 at = tl.minimum(key + ahead, stop - 1)
                 block = tl.load(table + at // BLOCK).to(tl.int64)
@@ -193,7 +193,8 @@ def _merge(
         top = tl.full([], float("-inf"), tl.float32)
         weight = tl.full([], 0.0, tl.float32)
         for start in range(0, count, UNROLL):
-            for i in tl.static_range(UNROLL):  # independent loads, all on their way before the first is folded
+            # Independent loads, all on their way before the first is folded.
+            for i in tl.static_range(UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
                 slot = first + (start + i) * q_heads
                 lse = tl.load(partial_lse + slot, mask=start + i < count, other=float("-inf"))
                 part = tl.load(partial_out + slot * D + d, mask=start + i < limit, other=0.0)

@@ -1,4 +1,4 @@
-"""The sharing plan: every key that a row sees is read once, from the right block, whatever the tree; its cost."""
+"""The sharing plan: every key that a row sees is read once, from the right block, in any tree; and at what cost."""
 
 import time
 
