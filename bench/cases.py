@@ -33,6 +33,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    layers: int  # of the cache that a copied block has
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +163,6 @@ def decode(s: Shape) -> tuple:
 
 def decode_plan(q, k_cache, v_cache, tables, starts, lengths, scale) -> dict[str, Any]:
     module = importlib.import_module("kernels.paged_attention")
-    if not hasattr(module, "paged_plan"):
-        return {}
     return {"plan": module.paged_plan(tables.cpu(), starts.cpu(), lengths.cpu(), q.shape[1], k_cache)}
 
 
@@ -180,8 +179,8 @@ def slots(s: Shape) -> tuple:
 
 
 def copies(s: Shape) -> tuple:
-    """The half-full tail blocks of 15 forks, in 36 layers."""
-    kv = torch.randn(36, 2, 64, s.kv_heads, BLOCK, s.head_dim)
+    """The half-full tail blocks of 15 forks, in all layers."""
+    kv = torch.randn(s.layers, 2, 64, s.kv_heads, BLOCK, s.head_dim)
     return kv, torch.zeros(15, dtype=torch.int64), torch.arange(15) + 1, torch.full((15,), BLOCK // 2)
 
 
@@ -208,6 +207,12 @@ def head_work(products: int) -> Callable[..., Work]:
 
 def sample_work(logits, *_) -> Work:
     return Work(size(logits))
+
+
+def head_sampling(s: Shape) -> tuple:
+    hidden, weight = torch.randn(s.sequences, s.hidden), torch.randn(s.vocabulary, s.hidden)
+    rows = torch.arange(s.sequences)
+    return hidden, weight.mul_(3 * s.hidden**-0.5), rows, rows, torch.ones(s.sequences, dtype=torch.float32)
 
 
 CASES = (
@@ -346,6 +351,14 @@ CASES = (
         function="sample",
         arguments=lambda s: sampling(s, top_p=0.9),
         forward=sample_work,
+        compiled=False,
+    ),
+    Case(
+        name="linear_sample",
+        module="kernels.sampling",
+        function="linear_sample",
+        arguments=head_sampling,
+        forward=lambda hidden, weight, *_: head_work(1)(hidden, weight, None),
         compiled=False,
     ),
 )

@@ -34,12 +34,12 @@ from bench.measure import floors, forward_call, gradient_call, seconds, workspac
 
 LIMIT_S = 500  # of nine minutes; what would begin later is left out, and said to be
 COMPILE_S = 40  # that one compilation may take
-LARGE = Shape("8b", 8192, 8192, 16384, 16, 8192, 512, 4096, 32, 8, 128, 12288, 151_936)
+LARGE = Shape("8b", 8192, 8192, 16384, 16, 8192, 512, 4096, 32, 8, 128, 12288, 151_936, 36)
 SMALL = (
-    Shape("tiny", 37, 19, 48, 3, 32, 16, 48, 4, 2, 16, 40, 129),
-    Shape("medium", 530, 200, 1024, 8, 512, 64, 1024, 16, 4, 128, 3000, 2374),
+    Shape("tiny", 37, 19, 48, 3, 32, 16, 48, 4, 2, 16, 40, 129, 2),
+    Shape("medium", 530, 200, 1024, 8, 512, 64, 1024, 16, 4, 128, 3000, 2374, 3),
 )
-REHEARSAL = (Shape("tiny", 7, 5, 32, 2, 32, 16, 32, 4, 2, 16, 40, 129),)
+REHEARSAL = (Shape("tiny", 7, 5, 32, 2, 32, 16, 32, 4, 2, 16, 40, 129, 1),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 On the CPU in fp32, where torch.compile takes a while per case (`-k "not compile"` leaves it out); with CUDA in bf16.
 Each row's extra_info has the bytes and floating-point operations of the work, the floor (the larger of both at the
-speed of a large copy and a large matrix product on this machine), and the share of it that was reached.
+speed of a large copy and a large matrix product on this machine), and the share of it that was reached. On the CPU
+small inputs stay in the cache between rounds, and the share may be above 1.
 """
 
 import pytest
@@ -12,8 +13,8 @@ from bench.cases import CASES, Case, Shape, draw
 from bench.measure import floors, forward_call, gradient_call
 
 SHAPES = (
-    Shape("mini", 1024, 1024, 1024, 256, 192, 64, 128, 4, 2, 32, 384, 551),
-    Shape("0.6b", 512, 32, 512, 16, 960, 64, 1024, 16, 8, 128, 3072, 151_936),
+    Shape("mini", 1024, 1024, 1024, 256, 192, 64, 128, 4, 2, 32, 384, 551, 4),
+    Shape("0.6b", 512, 32, 512, 16, 960, 64, 1024, 16, 8, 128, 3072, 151_936, 28),
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -54,7 +54,7 @@ def tune(text: str, op: str, section: str, candidates: list[Section]) -> str:
 
     device = torch.device("cuda", torch.cuda.current_device())
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cases = [case for case in CASES if case.module == f"kernels.{op}"]
+    cases = cases_of(op, section)
     modes = ("backward",) if section.endswith("_backward") else ("forward", "backward")
 
     def use(changed: str) -> str:
@@ -82,6 +82,13 @@ def sections(op: str) -> Mapping[str, list[Section]]:
     """Candidates by section; a plain list is of the section that has the operation's name."""
     found = importlib.import_module(f"kernels.{op}.triton").tune_candidates()
     return found if isinstance(found, dict) else {op: found}
+
+
+def cases_of(op: str, section: str) -> list[Case]:
+    """The operation's cases, without those of a function that has another section."""
+    name = section.removesuffix("_backward")
+    others = {other.removesuffix("_backward") for other in sections(op)} - {name}
+    return [case for case in CASES if case.module == f"kernels.{op}" and case.function not in others]
 
 
 def search(

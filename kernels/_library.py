@@ -46,22 +46,19 @@ LOADED = _load(MODE)
 TRITON = find_spec("triton") is not None
 
 
-FP32 = (torch.float32,)
-
-
 def choose(
     op: str,
     backend: str | None,
     *tensors: torch.Tensor | None,
     cpp: bool = True,
     triton: bool = True,
-    dtypes: tuple[torch.dtype, ...] = FP32,
+    cpp_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> str:
     """The backend that serves this call of `op`: "triton", "cpp" or "reference".
 
     backend: an explicit choice, which comes before AXPO_KERNELS, which comes before the automatic one.
     tensors: the floating-point operands (None is passed over); integer operands follow their device.
-    cpp, triton: whether that implementation knows the shapes at hand. dtypes: that the C++ one knows.
+    cpp, triton: whether that implementation knows the shapes at hand. cpp_dtypes: those that the C++ one knows.
     An explicit "triton" on CPU tensors runs Triton's interpreter (kernels/_triton.py), which is slow.
     Raises ValueError when the explicit choice cannot serve the call. The automatic one falls back to "reference".
     """
@@ -69,16 +66,19 @@ def choose(
     if wanted == "auto":
         if tensors[0] is not None and tensors[0].is_cuda:
             return "triton" if TRITON and triton else "reference"
-        return "cpp" if cpp and use_cpp(*tensors, dtypes=dtypes) else "reference"
-    reason = _why_not(wanted, tensors, cpp, triton, dtypes)
+        return "cpp" if cpp and use_cpp(*tensors, dtypes=cpp_dtypes) else "reference"
+    reason = _why_not(wanted, tensors, cpp and use_cpp(*tensors, dtypes=cpp_dtypes), triton)
     if reason:
         source = "backend" if backend else "AXPO_KERNELS"
         raise ValueError(f"{op}: {source}={wanted!r} cannot serve this call: {reason}")
     return wanted
 
 
-def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = FP32) -> bool:
-    """Whether the C++ operators are loaded and every tensor (None is passed over) is on the CPU, of one of `dtypes`."""
+def use_cpp(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether the C++ operators are loaded and every given tensor (None is passed over) is fp32 on the CPU.
+
+    dtypes: in place of fp32, for an operator that knows others.
+    """
     return LOADED and all(t is None or (t.is_cpu and t.dtype in dtypes) for t in tensors)
 
 
@@ -87,13 +87,7 @@ def one_narrow_dtype(*tensors: torch.Tensor) -> bool:
     return tensors[0].dtype != torch.float64 and all(t.dtype == tensors[0].dtype for t in tensors)
 
 
-def _why_not(
-    backend: str,
-    tensors: tuple[torch.Tensor | None, ...],
-    cpp: bool,
-    triton: bool,
-    dtypes: tuple[torch.dtype, ...],
-) -> str | None:
+def _why_not(backend: str, tensors: tuple[torch.Tensor | None, ...], cpp: bool, triton: bool) -> str | None:
     if backend not in BACKENDS:
         return f"there is {', '.join(BACKENDS)}"
     if backend == "triton":
@@ -106,7 +100,6 @@ def _why_not(
     if backend == "cpp":
         if not LOADED:
             return "the C++ kernels are not built (python setup.py build_ext --inplace)"
-        if not cpp or not use_cpp(*tensors, dtypes=dtypes):
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"the C++ kernel serves {names} tensors on the CPU, of shapes that its docstring names"
+        if not cpp:
+            return "the C++ kernels serve tensors on the CPU, of dtypes and shapes that their docstring names"
     return None

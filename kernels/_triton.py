@@ -91,11 +91,11 @@ class Kernel(JITFunction):
 
     def run(self, *args, grid, warmup, **kwargs):
         kwargs.setdefault("enable_fp_fusion", self.fp_fusion)
-        tensor = _first_tensor((*args, *kwargs.values()))
-        if tensor is None or not (tensor.is_cuda or warmup) or knobs.runtime.interpret:
+        tensor = _first_tensor((*args, *kwargs.values()))  # none when warming up with types instead of tensors
+        if knobs.runtime.interpret or (tensor is not None and tensor.is_cpu and not warmup):
             with _interpreting():
                 return self.interpreted.run(*args, grid=grid, warmup=warmup, **kwargs)
-        if warmup or tensor.get_device() == torch.cuda.current_device():
+        if tensor is None or not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
             return super().run(*args, grid=grid, warmup=warmup, **kwargs)
         with torch.cuda.device(tensor.device):
             return super().run(*args, grid=grid, warmup=warmup, **kwargs)

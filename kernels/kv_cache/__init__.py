@@ -46,7 +46,9 @@ def write_kv(
     same = k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
     narrow = all(t.dtype != torch.float64 for t in (k, v, k_cache, v_cache))
     alike = k_cache.stride() == v_cache.stride()
-    chosen = choose("write_kv", backend, k, v, k_cache, v_cache, cpp=same, triton=narrow and alike, dtypes=_CPP_DTYPES)
+    chosen = choose(
+        "write_kv", backend, k, v, k_cache, v_cache, cpp=same, triton=narrow and alike, cpp_dtypes=_CPP_DTYPES
+    )
     if chosen == "triton":
         import kernels.kv_cache.triton  # noqa: F401  registers the operator
 
@@ -80,7 +82,7 @@ def copy_blocks(
     if kv.is_cuda and _CUDA_COPY and dense and backend in (None, "cpp"):
         chosen = "cpp"
     else:
-        chosen = choose("copy_blocks", backend, kv, cpp=dense, triton=dense, dtypes=_CPP_DTYPES)
+        chosen = choose("copy_blocks", backend, kv, cpp=dense, triton=dense, cpp_dtypes=_CPP_DTYPES)
     if chosen == "triton":
         import kernels.kv_cache.triton  # noqa: F401  registers the operator
 

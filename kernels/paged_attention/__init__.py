@@ -61,7 +61,7 @@ def paged_attention(
         and k_cache.stride(-1) == 1
     )
     chosen = choose(
-        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, dtypes=_CPP_DTYPES
+        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=_CPP_DTYPES
     )
     if chosen == "reference":
         return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
@@ -99,7 +99,7 @@ def paged_plan(
     Raises PlanOverflow when the step does not fit `into`, ValueError for lengths that do not fit.
     """
     # What needs no work list costs nothing here; the exact choice is made by the call itself.
-    on_triton = choose("paged_plan", backend, k_cache, dtypes=(k_cache.dtype,)) == "triton"
+    on_triton = choose("paged_plan", backend, k_cache, cpp_dtypes=(k_cache.dtype,)) == "triton"
     if not on_triton:
         return PagedPlan(share)
     tables, starts, lengths = np.asarray(block_tables), np.asarray(cu_seqlens_q), np.asarray(context_lens)

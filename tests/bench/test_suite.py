@@ -105,3 +105,4 @@ def test_every_candidate_is_of_a_section_that_there_is():
         for section, candidates in tune.sections(op).items():
             known = set(_triton.tiles(section, "sm_90"))
             assert candidates and all(set(candidate) <= known for candidate in candidates), section
+            assert tune.cases_of(op, section), f"nothing measures {section}"
