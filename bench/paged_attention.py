@@ -101,7 +101,8 @@ def measure(args: argparse.Namespace, prefix: int, forks: int, dtype: torch.dtyp
         turn = cycle(kv)
 
         def call(plan=plan, turn=turn) -> torch.Tensor:
-            return paged_attention(q, *next(turn), *arguments, plan=plan, backend=args.backend)
+            k, v = next(turn)
+            return paged_attention(q, k, v, *arguments, plan=plan, backend=args.backend)
 
         result.append(call())
         alone = on_cpu and args.threads == 1

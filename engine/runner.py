@@ -159,7 +159,11 @@ class Runner:
             request.shaper.apply(logits[row], request.sequence.token_ids)
         tokens, logprobs, entropies = sample(
             logits,
-            *map(self._tensor, (seeds, noise_positions, temperature, top_k, top_p)),
+            self._tensor(seeds),
+            self._tensor(noise_positions),
+            self._tensor(temperature),
+            self._tensor(top_k),
+            self._tensor(top_p),
             self._banned,
             self._tensor(min_p) if min_p.any() else None,
         )

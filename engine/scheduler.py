@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from engine.batch import DecodeBatch
@@ -102,7 +102,7 @@ class Scheduler:
         request.arrival = next(self._arrivals)
         self.waiting.append(request)
 
-    def remove(self, requests: Set[Request]) -> None:
+    def remove(self, requests: set[Request]) -> None:
         """Takes finished or aborted requests out; their sequences keep their KV."""
         for request in requests:
             if request in self.running:

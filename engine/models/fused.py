@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from engine.models.qwen3_vl import MLP, Qwen3VL, SelfAttention
+from engine.models.qwen3_vl import MLP, DecoderLayer, Qwen3VL, SelfAttention
 
 
 def pack_projections(model: Qwen3VL) -> None:
@@ -14,7 +14,7 @@ def pack_projections(model: Qwen3VL) -> None:
     """
     for projections in _groups(model).values():
         for name in ("weight", "bias"):
-            parameters = [getattr(projection, name) for projection in projections]
+            parameters: list[nn.Parameter] = [getattr(projection, name) for projection in projections]
             if parameters[0] is None:
                 continue
             local = [getattr(parameter, "_local_tensor", parameter.data) for parameter in parameters]
@@ -37,7 +37,7 @@ def fuse_projections(model: Qwen3VL) -> None:
         biases = [projection.bias for projection in projections if projection.bias is not None]
         bias = _adjacent(biases) if biases else None
         module.fused = None if weight is None or (biases and bias is None) else (weight, bias)
-    for layer in model.model.language_model.layers:
+    for layer in _layers(model):
         attention, mlp = layer.self_attn, layer.mlp
         if attention.fused is None or mlp.fused is None:
             layer.fused = None
@@ -49,11 +49,14 @@ def fuse_projections(model: Qwen3VL) -> None:
         layer.fused = weights, (qkv_bias, None if o.bias is None else o.bias.data), layer.input_layernorm.eps
 
 
+def _layers(model: Qwen3VL) -> list[DecoderLayer]:
+    return [layer for layer in model.model.language_model.layers if isinstance(layer, DecoderLayer)]
+
+
 def _groups(model: Qwen3VL) -> dict[SelfAttention | MLP, list[nn.Linear]]:
     groups: dict[SelfAttention | MLP, list[nn.Linear]] = {}
-    for layer in model.model.language_model.layers:
+    for layer in _layers(model):
         attention, mlp = layer.self_attn, layer.mlp
-        assert isinstance(attention, SelfAttention) and isinstance(mlp, MLP)
         groups[attention] = [attention.q_proj, attention.k_proj, attention.v_proj]
         groups[mlp] = [mlp.gate_proj, mlp.up_proj]
     return groups
