@@ -1,5 +1,7 @@
 """Projections of the same input computed as one: q, k, v and gate, up lie one behind the other in memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def pack_projections(model: Qwen3VL) -> None:
             parts = torch.cat([tensor.detach() for tensor in local]).split([len(tensor) for tensor in local])
             for parameter, part in zip(parameters, parts, strict=True):
                 if hasattr(parameter, "_local_tensor"):
-                    parameter._local_tensor = part
+                    parameter._local_tensor = part  # type: ignore[attr-defined]
                 else:
                     parameter.data = part
 
@@ -62,7 +64,7 @@ def _groups(model: Qwen3VL) -> dict[SelfAttention | MLP, list[nn.Linear]]:
     return groups
 
 
-def _adjacent(tensors: list[Tensor]) -> Tensor | None:
+def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     """One view over contiguous tensors that lie one behind the other in one storage, or None."""
     first = tensors[0].data
     at = first.data_ptr()
