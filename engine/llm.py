@@ -1,7 +1,7 @@
 """The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.images import ImageInput
@@ -23,7 +24,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
 from engine.sequence import Sequence
-from engine.weights import load_weights
+from engine.weights import copy_weights, load_weights
 
 
 class LLM:
@@ -270,6 +271,20 @@ class LLM:
 
     def wake_up(self) -> None:
         self.kv.wake()
+
+    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Copies new values into the weights in place: some or all, by Hugging Face's names, cast to the engine's dtype.
+
+        Raises:
+            ValueError: a name or a shape that the model does not have; the tensors before it are copied already.
+            RuntimeError: sequences run.
+        """
+        if self.scheduler.has_work:
+            raise RuntimeError("new weights while sequences run; let them finish or abort them first")
+        try:
+            copy_weights(self.model, tensors.items() if isinstance(tensors, Mapping) else tensors)
+        finally:
+            self.weights_updated()
 
     def weights_updated(self) -> None:
         """To be called after the weights changed in place: all that was computed with the old ones is dropped."""

@@ -1,6 +1,7 @@
 """The KV cache: one tensor for all layers, given back by sleep and taken again by wake."""
 
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class KVCache:
                 "tokens, and at least two blocks"
             )
         self._data: Tensor | None = None
+        self._pages: mmap.mmap | None = None
         self.wake()
 
     @property
@@ -55,9 +57,18 @@ class KVCache:
         self.tokens_copied += sum(copy.valid for copy in copies)
 
     def sleep(self) -> None:
+        """Gives the memory back. On the CPU the addresses stay reserved, and the next `wake` uses them again."""
         self._data = None
+        if self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED)
 
     def wake(self) -> None:
-        if self._data is None:
-            shape = (self._layers, 2, self.num_blocks, *self._per_block)
+        if self._data is not None:
+            return
+        shape = (self._layers, 2, self.num_blocks, *self._per_block)
+        if self._device.type != "cpu":
             self._data = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return
+        if self._pages is None:  # pages become real when they are first written
+            self._pages = mmap.mmap(-1, self.num_blocks * self.bytes_per_block)
+        self._data = torch.frombuffer(self._pages, dtype=self._dtype).view(shape)

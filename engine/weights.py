@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path}: weights do not fit the config: {len(missing)} missing {_some(missing)}, "
             f"{len(unexpected)} unexpected {_some(unexpected)}"
         )
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copies (Hugging Face's name, tensor) pairs into `model`, in place. Raises ValueError for what does not fit it."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameter = parameters.get(canonical_name(name))
+        if parameter is None or parameter.shape != tensor.shape:
+            found = "is unknown" if parameter is None else f"must have shape {list(parameter.shape)}"
+            raise ValueError(f"weights: {name}, of shape {list(tensor.shape)}, {found}")
+        parameter.copy_(tensor)
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:

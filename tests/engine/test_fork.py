@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -202,7 +203,34 @@ def test_noise_does_not_depend_on_the_batch(llm: LLM) -> None:
 def test_sleep_gives_memory_back_and_sequences_survive(llm: LLM) -> None:
     with llm.open([10, 20, 30, 40, 50, 60]) as sequence:
         llm.run([sequence], params(0, 5))
+        address = llm.kv.data.data_ptr()
         llm.sleep()
         assert llm.stats()["kv_bytes"] == 0
+        with pytest.raises(RuntimeError, match="asleep"):
+            llm.run([sequence], params(0, 5))
+        llm.abort(sequence)
         llm.wake_up()
+        assert llm.kv.data.data_ptr() == address
         check_against_fresh_run(llm, sequence, seed=3, max_tokens=5)
+
+
+def test_updated_weights_are_used_at_once(vl_checkpoint: Path) -> None:
+    llm = LLM(vl_checkpoint, kv_cache_bytes=1 << 22)
+    tokens = list(range(20, 60))
+    before = llm.generate([tokens], params(0, 5), use_tqdm=False)[0].outputs[0]
+    state = {name: parameter.clone() for name, parameter in llm.model.named_parameters()}
+    noisy = {
+        name: value + 0.1 * value.std() * torch.randn_like(value) for name, value in state.items() if value.dim() > 1
+    }
+    with llm.open(tokens) as held:
+        llm.prefill([held])
+        llm.update_weights(noisy)
+        assert held.num_computed == 0, "KV of the old weights is not used"
+        changed = llm.run([held], params(0, 5))[0]
+    assert changed.logprobs != before.logprobs
+    llm.update_weights(iter(state.items()))
+    again = llm.generate([tokens], params(0, 5), use_tqdm=False)[0].outputs[0]
+    assert (again.token_ids, again.logprobs) == (before.token_ids, before.logprobs)
+    assert llm.weight_version == 2
+    with pytest.raises(ValueError, match=r"lm_head\.bias, of shape \[3\], is unknown"):
+        llm.update_weights({"lm_head.bias": torch.zeros(3)})
