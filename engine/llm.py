@@ -273,7 +273,7 @@ class LLM:
         self.kv.wake()
 
     def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Copies new values into the weights in place: some or all, by Hugging Face's names, cast to the engine's dtype.
+        """Copies new values into the weights in place: some or all, by Hugging Face's names, cast to their dtype.
 
         Raises:
             ValueError: a name or a shape that the model does not have; the tensors before it are copied already.
@@ -282,7 +282,7 @@ class LLM:
         if self.scheduler.has_work:
             raise RuntimeError("new weights while sequences run; let them finish or abort them first")
         try:
-            copy_weights(self.model, tensors.items() if isinstance(tensors, Mapping) else tensors)
+            copy_weights(self.model, tensors)
         finally:
             self.weights_updated()
 

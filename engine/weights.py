@@ -47,10 +47,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies (Hugging Face's name, tensor) pairs into `model`, in place. Raises ValueError for what does not fit it."""
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    """Copies tensors by Hugging Face's names into `model`, in place. Raises ValueError for what does not fit it."""
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors:
+    pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
+    for name, tensor in pairs:
         parameter = parameters.get(canonical_name(name))
         if parameter is None or parameter.shape != tensor.shape:
             found = "is unknown" if parameter is None else f"must have shape {list(parameter.shape)}"

@@ -219,9 +219,8 @@ def test_updated_weights_are_used_at_once(vl_checkpoint: Path) -> None:
     tokens = list(range(20, 60))
     before = llm.generate([tokens], params(0, 5), use_tqdm=False)[0].outputs[0]
     state = {name: parameter.clone() for name, parameter in llm.model.named_parameters()}
-    noisy = {
-        name: value + 0.1 * value.std() * torch.randn_like(value) for name, value in state.items() if value.dim() > 1
-    }
+    noise = {name: torch.randn_like(value) * 0.1 * value.std() for name, value in state.items() if value.dim() > 1}
+    noisy = {name: state[name] + change for name, change in noise.items()}
     with llm.open(tokens) as held:
         llm.prefill([held])
         llm.update_weights(noisy)
