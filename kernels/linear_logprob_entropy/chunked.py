@@ -1,42 +1,19 @@
-"""linear_logprob_entropy over chunks of fp32 logits: a matrix product, then the C++ row kernel or its torch form.
+"""linear_logprob_entropy over chunks of fp32 logits, in C++ (csrc/cpu/linear_logprob.cpp) or in plain torch.
 
-What the CPU runs, and any device without Triton.
+The CPU runs the C++; plain torch serves fp64 and devices without Triton.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from kernels._library import use_cpp
+from kernels._library import LOADED, use_cpp
+from kernels.linear_logprob_entropy.dispatch import CPP_DTYPES
 from kernels.linear_logprob_entropy.state import accumulator, results
 
-# Rows and vocabulary columns of each matrix product: 4 MiB of fp32 logits, which stay in a cache. BLAS libraries choose
-# a routine, and so the order of a sum, by the shape. Every product has this one, the last rows being padded: so a row's
-# bits do not depend on how many others there are.
-ROW_CHUNK = 256
+# Rows and vocabulary columns taken at a time in plain torch: 16 MiB of fp32 logits, which stay in a cache.
+ROW_CHUNK = 1024
 VOCAB_CHUNK = 4096
-
-
-class Logits:
-    """Logits of `rows` rows × a chunk of the vocabulary at a time, always in the same memory."""
-
-    def __init__(self, hidden: torch.Tensor, vocabulary: int, rows: int):
-        self.hidden, self.rows, self.dtype = hidden, rows, accumulator(hidden)
-        self.memory = hidden.new_empty((rows * min(vocabulary, VOCAB_CHUNK),), dtype=self.dtype)
-        self.padded = hidden.new_zeros((rows, hidden.shape[1]), dtype=self.dtype)
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """[start, end) of the rows of each product."""
-        n = len(self.hidden)
-        return ((start, min(start + self.rows, n)) for start in range(0, n, self.rows))
-
-    def compute(self, start: int, end: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden[start:end], its logits against `weight` [C, H]) in the accumulator's dtype, padded to self.rows."""
-        x = self.hidden[start:end].to(self.dtype)
-        if len(x) < self.rows:
-            self.padded[: len(x)] = x
-            x = self.padded
-        return x, torch.mm(x, weight.T, out=self.memory[: self.rows * len(weight)].view(self.rows, len(weight)))
 
 
 @torch.library.custom_op("axpo::linear_logprob_state", mutates_args=())
@@ -44,16 +21,15 @@ def state(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor, vocab_start: int
 ) -> torch.Tensor:
     """The state [N, 4] (see state.py) over weight's columns, which are tokens vocab_start, vocab_start + 1, …"""
-    vocabulary, dtype, labels = weight.shape[0], accumulator(hidden), labels.contiguous()
+    if use_cpp(hidden, weight, dtypes=CPP_DTYPES):
+        return torch.ops.axpo.linear_logprob_state_cpu.default(hidden, weight, labels, temperature, vocab_start)
     state = hidden.new_zeros((len(hidden), 4), dtype=torch.float64)
     state[:, 0] = state[:, 3] = -torch.inf
-    logits = Logits(hidden, vocabulary, ROW_CHUNK)
-    reduce: Callable = torch.ops.axpo.logprob_reduce.default if use_cpp(logits.memory) else reduce_reference
-    for first in range(0, vocabulary, VOCAB_CHUNK):
-        columns = weight[first : first + VOCAB_CHUNK].to(dtype)
-        for start, end in logits.blocks():
-            z = logits.compute(start, end, columns)[1][: end - start]
-            reduce(z, temperature[start:end], labels[start:end], vocab_start + first, state[start:end])
+    for first, columns in _vocabulary_chunks(weight, accumulator(hidden)):
+        for start in range(0, len(hidden), ROW_CHUNK):
+            rows = slice(start, start + ROW_CHUNK)
+            z = hidden[rows].to(columns.dtype) @ columns.T
+            _reduce(z, temperature[rows], labels[rows], vocab_start + first, state[rows])
     return state
 
 
@@ -95,38 +71,40 @@ def backward(
     dz[j] = g_logprob (1[j = label] − p[j]) − g_entropy p[j] (log p[j] + entropy), and hidden's logits get dz / T.
     logprob … log_sum are of the whole vocabulary, of which weight may be the part from vocab_start on.
     """
-    (n, h), vocabulary, dtype, labels = hidden.shape, weight.shape[0], accumulator(hidden), labels.contiguous()
     per_row = (temperature, logprob, entropy, maximum, log_sum, grad_logprob, grad_entropy)
-    per_row = [x.contiguous() for x in per_row]
-    logits = Logits(hidden, vocabulary, ROW_CHUNK)
-    padded = (-(-n // ROW_CHUNK) * ROW_CHUNK, h)
-    grad_hidden = hidden.new_zeros(padded if need_hidden else (0,), dtype=dtype)
-    grad_weight = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
-    gradient: Callable = torch.ops.axpo.logprob_gradient.default if use_cpp(logits.memory) else gradient_reference
-    for first in range(0, vocabulary, VOCAB_CHUNK):
-        columns = weight[first : first + VOCAB_CHUNK].to(dtype)
-        slice_ = grad_weight[first : first + VOCAB_CHUNK]
-        total = slice_ if slice_.dtype == dtype else torch.empty_like(slice_, dtype=dtype)
-        for start, end in logits.blocks():
-            x, dz = logits.compute(start, end, columns)
-            t, *stats = (r[start:end] for r in per_row)
-            gradient(dz[: end - start], t, labels[start:end], vocab_start + first, ignore_index, *stats)
-            dz[end - start :] = 0
+    if use_cpp(hidden, weight, dtypes=CPP_DTYPES):
+        tensors = (grad_logprob, grad_entropy, hidden, weight, labels, *per_row[:5])
+        return torch.ops.axpo.linear_logprob_backward_cpu.default(
+            *tensors, vocab_start, ignore_index, need_hidden, need_weight
+        )
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=accumulator(hidden))
+    grad_weight = weight.new_zeros(weight.shape if need_weight else (0,))
+    for first, columns in _vocabulary_chunks(weight, accumulator(hidden)):
+        total = torch.zeros_like(columns)
+        for start in range(0, len(hidden), ROW_CHUNK):
+            rows = slice(start, start + ROW_CHUNK)
+            x = hidden[rows].to(columns.dtype)
+            dz = x @ columns.T
+            _differentiate(dz, labels[rows], vocab_start + first, ignore_index, *(r[rows] for r in per_row))
             if need_hidden:
-                grad_hidden[start : start + ROW_CHUNK].addmm_(dz, columns)
-            if need_weight and start == 0:
-                torch.mm(dz.T, x, out=total)
-            elif need_weight:
+                grad_hidden[rows].addmm_(dz, columns)
+            if need_weight:
                 total.addmm_(dz.T, x)
-        if n and total is not slice_:
-            slice_.copy_(total)
-    return grad_hidden[:n].to(hidden.dtype, copy=len(grad_hidden) > n), grad_weight
+        if need_weight:
+            grad_weight[first : first + len(total)] = total
+    return grad_hidden.to(hidden.dtype), grad_weight
 
 
-def reduce_reference(
+def _vocabulary_chunks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first token, rows of the weight) of each chunk."""
+    for first in range(0, len(weight), VOCAB_CHUNK):
+        yield first, weight[first : first + VOCAB_CHUNK].to(dtype)
+
+
+def _reduce(
     logits: torch.Tensor, temperature: torch.Tensor, labels: torch.Tensor, first: int, state: torch.Tensor
 ) -> None:
-    """axpo::logprob_reduce in plain torch: merges one chunk [N, C] of logits into the running state [N, 4] fp64."""
+    """Merges one chunk [N, C] of logits into the running state [N, 4] fp64."""
     z = logits.div_(temperature[:, None])
     here = (labels >= first) & (labels < first + z.shape[1])
     at_label = z.gather(1, torch.where(here, labels - first, 0)[:, None])[:, 0]
@@ -143,12 +121,12 @@ def reduce_reference(
     state[:, 3] = torch.where(here, at_label.double(), state[:, 3])
 
 
-def gradient_reference(
+def _differentiate(
     logits: torch.Tensor,
-    temperature: torch.Tensor,
     labels: torch.Tensor,
     first: int,
     ignore_index: int,
+    temperature: torch.Tensor,
     logprob: torch.Tensor,
     entropy: torch.Tensor,
     maximum: torch.Tensor,
@@ -156,7 +134,7 @@ def gradient_reference(
     grad_logprob: torch.Tensor,
     grad_entropy: torch.Tensor,
 ) -> None:
-    """axpo::logprob_gradient in plain torch: turns one chunk [N, C] of logits into their gradient, in place."""
+    """Turns one chunk [N, C] of logits into their gradient, in place."""
     logp = logits.div_(temperature[:, None]).sub_(maximum[:, None]).sub_(log_sum[:, None]).clamp_(min=-700)
     here = (labels >= first) & (labels < first + logp.shape[1])
     column = torch.where(here, labels - first, 0)[:, None]
@@ -169,7 +147,7 @@ def gradient_reference(
 
 
 @state.register_fake
-def _(hidden, weight, labels, temperature, vocab_start):
+def state_fake(hidden, weight, labels, temperature, vocab_start):
     return hidden.new_empty((hidden.shape[0], 4), dtype=torch.float64)
 
 
@@ -203,3 +181,8 @@ def gradients(backward: Callable) -> Callable:
 
 
 chunked.register_autograd(gradients(backward), setup_context=setup_context)
+
+
+if LOADED:
+    torch.library.register_fake("axpo::linear_logprob_state_cpu", state_fake)
+    torch.library.register_fake("axpo::linear_logprob_backward_cpu", backward_fake)

@@ -3,14 +3,13 @@
 import torch
 
 from kernels._library import use_cpp
-from kernels.linear_logprob_entropy import chunked
 from kernels.linear_logprob_entropy.dispatch import implementation
 from kernels.linear_logprob_entropy.state import accumulator
 from kernels.sampling.reference import sample_reference
 
-# Rows whose logits exist at a time where they have to. Fewer are padded to as many, so that a row's logits do not
-# depend on the batch (see chunked.ROW_CHUNK).
-ROWS = 32
+# Rows whose logits exist at a time where they have to, and vocabulary columns of a matrix product. Fewer rows are
+# padded to as many: BLAS libraries choose the order of a sum by the shape, which must not depend on the batch.
+ROWS, COLUMNS = 32, 4096
 
 
 def linear_sample(
@@ -80,12 +79,11 @@ def _of_chunked_logits(
     banned: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The logits by the products that linear_logprob_entropy makes, then sample."""
-    n, width = len(hidden), chunked.VOCAB_CHUNK
-    chunk = chunked.Logits(hidden, len(weight), ROWS)
-    logits = hidden.new_empty((n, len(weight)), dtype=torch.float32)
-    for first in range(0, len(weight), width):
-        columns = weight[first : first + width].to(chunk.dtype)
-        logits[:, first : first + width] = chunk.compute(0, n, columns)[1][:n]
+    n, dtype = len(hidden), accumulator(hidden)
+    padded = torch.zeros(ROWS, hidden.shape[1], dtype=dtype, device=hidden.device)
+    padded[:n] = hidden
+    parts = [padded @ part.to(dtype).T for part in weight.split(COLUMNS)]
+    logits = torch.cat(parts, dim=1)[:n].float()
     top_k, top_p = torch.zeros_like(seeds), torch.ones_like(temperature)
     f = torch.ops.axpo.sample.default if use_cpp(logits) else sample_reference
     return f(logits, seeds, positions, temperature, top_k, top_p, banned, None)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -162,29 +163,33 @@ def test_invariants(kind, generator, small_chunks):
     assert (dweight.sum(0).abs() <= 1e-4 * dweight.abs().sum(0).clamp_min(1)).all()
 
 
-@fused_only
-def test_bitwise_equal_across_runs_and_threads(generator, with_threads, small_chunks):
-    """Of small matrices: BLAS libraries cut longer sums by the number of threads."""
-    case = problem(200, 600, generator, h=128)
-    once = run(linear_logprob_entropy, *case)
-    for threads in (1, 2, 3):
-        results = with_threads(threads, lambda: run(linear_logprob_entropy, *case))
-        assert all(map(torch.equal, results, once)), f"{threads} threads"
+@pytest.mark.skipif(not LOADED, reason="the C++ kernels are not built")
+@pytest.mark.parametrize(("h", "v"), [(40, 100), (128, 600), (600, 9000)])
+def test_bitwise_equal_across_runs_threads_and_batches(h, v, generator, with_threads):
+    """Rows of hidden's gradient and both outputs do not depend on the other rows; nothing depends on the threads.
 
-
-@fused_only
-@pytest.mark.parametrize(("h", "v", "columns"), [(128, 600, 256), (600, 2300, 1024)])
-def test_bitwise_equal_across_batches(h, v, columns, generator, monkeypatch):
-    """Rows of hidden's gradient and of both outputs do not depend on the other rows."""
-    monkeypatch.setattr(module, "VOCAB_CHUNK", columns)
-    monkeypatch.setattr(module, "ROW_CHUNK", 64)
+    (Of more threads than cores, MKL gives some products other bits in the first call, unless MKL_CBWR forbids it.)
+    """
     case = problem(200, v, generator, h=h)
     once = run(linear_logprob_entropy, *case)
-    for rows in (slice(0, 1), slice(7, 9), slice(50, 53), slice(11, 177)):
-        hidden, weight, *rest = case
-        part = run(linear_logprob_entropy, hidden[rows], weight, *(t[rows] for t in rest))
-        for name, a, b in zip(("logprob", "entropy", "dhidden"), part[:3], once[:3], strict=True):
-            assert torch.equal(a, b[rows]), f"{name} of rows {rows}"
+    for threads in {1, min(2, os.cpu_count() or 1)}:
+        again = with_threads(threads, lambda: run(linear_logprob_entropy, *case))
+        assert all(map(torch.equal, again, once)), f"{threads} threads"
+        for rows in (slice(0, 1), slice(7, 9), slice(50, 53), slice(11, 177)):
+            hidden, weight, *rest = case
+            part = run(linear_logprob_entropy, hidden[rows], weight, *(t[rows] for t in rest))
+            for name, a, b in zip(("logprob", "entropy", "dhidden"), part[:3], once[:3], strict=True):
+                assert torch.equal(a, b[rows]), f"{name} of rows {rows}, {threads} threads"
+
+
+@pytest.mark.skipif(not LOADED, reason="the C++ kernels are not built")
+def test_more_rows_and_columns_than_are_held_at_a_time(generator):
+    case = problem(2100, 9000, generator, h=8)
+    for dtype in (torch.float32, torch.bfloat16):
+        part = (case[0].to(dtype), case[1].to(dtype), *case[2:])
+        results = run(linear_logprob_entropy, *part, dtype=dtype)
+        expected = run(linear_logprob_entropy_reference, *part, dtype=torch.float64)
+        assert_close(results, expected, 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
 
 
 @fused_only
@@ -218,27 +223,24 @@ def test_no_full_logits_are_made(generator, monkeypatch):
     assert max(t.numel() for t in saved) == max(hidden.numel(), weight.numel())
 
 
-@pytest.mark.skipif(not LOADED, reason="the C++ kernels are not built")
+@pytest.mark.parametrize(
+    "loaded", [False, pytest.param(True, marks=pytest.mark.skipif(not LOADED, reason="not built"))]
+)
 @pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
-def test_row_kernels_match_plain_torch(offset, generator):
-    """The C++ row kernels and their torch forms, on the same chunks of logits, against fp64."""
+def test_state_of_given_logits(offset, loaded, generator, small_chunks, monkeypatch):
+    """The C++ form and plain torch's, on logits with a −inf, against fp64. The weight picks hidden's columns."""
+    monkeypatch.setattr(module, "use_cpp", lambda *tensors, **options: loaded)
     n, v = 37, 301
     logits = torch.randn(n, v, generator=generator) * 4 + offset
-    logits[5, 7], labels = -torch.inf, torch.randint(0, v, (n,), generator=generator)
+    logits[5, 7], labels = -1e30, torch.randint(0, v, (n,), generator=generator)
     temperature = 0.5 + torch.rand(n, generator=generator)
     exact = torch.log_softmax(logits.double() / temperature.double()[:, None], -1)
-    for reduce in (torch.ops.axpo.logprob_reduce.default, module.reduce_reference):
-        state = torch.zeros(n, 4, dtype=torch.float64)
-        state[:, 0] = -torch.inf
-        for first in (0, 128, 256):
-            chunk = logits[:, first : first + 128].contiguous()
-            reduce(chunk, temperature, labels, first, state)
-        maximum, total, centred, at_label = state.unbind(1)
-        logprob = exact.gather(1, labels[:, None])[:, 0]
-        entropy = -(exact.exp() * exact.clamp_min(-1e30)).sum(1)
-        tolerance = 1e-5 if offset == 0 else 3e-4  # 1000 / T is rounded to fp32
-        torch.testing.assert_close(at_label - maximum - total.log(), logprob, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(total.log() - centred / total, entropy, rtol=tolerance, atol=tolerance)
+    maximum, total, centred, at_label = module.state(logits, torch.eye(v), labels + 9, temperature, 9).unbind(1)
+    logprob = exact.gather(1, labels[:, None])[:, 0]
+    entropy = -(exact.exp() * exact.clamp_min(-1e30)).sum(1)
+    tolerance = 1e-5 if offset == 0 else 3e-4  # 1000 / T is rounded to fp32
+    torch.testing.assert_close(at_label - maximum - total.log(), logprob, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(total.log() - centred / total, entropy, rtol=tolerance, atol=tolerance)
 
 
 def test_nan_is_not_lost(generator, small_chunks):
@@ -314,8 +316,8 @@ def test_opcheck(generator):
     arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, temperature, -100)
     torch.library.opcheck(module.chunked, arguments)
     if LOADED:
-        state = torch.zeros(6, 4, dtype=torch.float64)
-        logits = torch.randn(6, 50)
-        torch.library.opcheck(torch.ops.axpo.logprob_reduce.default, (logits, temperature, labels, 0, state))
-        rows = (temperature, labels, 0, -100, *(torch.rand(6) for _ in range(6)))
-        torch.library.opcheck(torch.ops.axpo.logprob_gradient.default, (logits, *rows))
+        plain = (hidden.detach(), weight.detach(), labels, temperature)
+        torch.library.opcheck(torch.ops.axpo.linear_logprob_state_cpu.default, (*plain, 3))
+        rows = tuple(torch.rand(6) for _ in range(6))
+        backward = (*rows[:2], *plain, *rows[2:], 0, -100, True, True)
+        torch.library.opcheck(torch.ops.axpo.linear_logprob_backward_cpu.default, backward)
