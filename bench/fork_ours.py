@@ -1,12 +1,9 @@
 """The fork benchmark's systems that are our engine: sharing everything, with attention unshared, and re-prefilling."""
 
-import gc
 import statistics
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-
-import torch
 
 from bench.fork_models import Prefix
 from bench.fork_workload import BLOCK, Branches, Clock, Conditions, Measured, Workload, synchronize
@@ -45,10 +42,6 @@ def measure(
     out.cpu_s = time.process_time() - cpu
     if llm.stats()["preemptions"]:
         out.notes.append(f"{llm.stats()['preemptions']} preemptions")
-    del llm
-    gc.collect()
-    if conditions.device.type == "cuda":
-        torch.cuda.empty_cache()
     return out
 
 
@@ -72,7 +65,10 @@ def _groups(llm: LLM, work: Workload, conditions: Conditions, reprefill: bool, o
             out.inside = _fresh(llm, work, conditions, work.inside_prompts(said), work.inside_tokens, opened)
         else:
             out.end = _forked(llm, work, conditions, root, None, work.new_tokens, opened)
-            out.inside = _forked(llm, work, conditions, opened[1], work.inside_at, work.inside_tokens, opened)
+            source = opened[1]
+            for sequence in (root, *opened[2:]):
+                sequence.close()  # so that the KV held inside is that of the branches inside, as for the others
+            out.inside = _forked(llm, work, conditions, source, work.inside_at, work.inside_tokens, opened)
     finally:
         for sequence in opened:
             sequence.close()

@@ -1,7 +1,6 @@
 """transformers as the fork benchmark's peers: `generate`, and continuous batching over paged SDPA."""
 
 import dataclasses
-import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def generate(name: str, work: Workload, conditions: Conditions) -> Measured:
         def __init__(self, clock: Clock):
             self.clock, self.tokens = clock, 0
 
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
             synchronize(input_ids.device)
             self.tokens += 1
             self.clock.tokens_are([self.tokens] * len(input_ids))
@@ -80,8 +79,6 @@ def generate(name: str, work: Workload, conditions: Conditions) -> Measured:
     except TimeoutError as error:
         out.error = str(error)
     out.cpu_s = time.process_time() - cpu
-    del model
-    _collect(conditions)
     return out
 
 
@@ -95,7 +92,7 @@ def continuous(name: str, work: Workload, conditions: Conditions) -> Measured:
         return Measured(name, error="takes no images")
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it misses psutil
     model = _load(conditions, attn_implementation="sdpa")
     out = Measured(name, notes=["no block-table attention without flash-attn"])
     pages = work.forks * (-(-work.longest // PAGE) + 1) + 2
@@ -161,8 +158,6 @@ def continuous(name: str, work: Workload, conditions: Conditions) -> Measured:
         except TimeoutError as error:
             out.error = str(error)
         out.cpu_s = time.process_time() - cpu
-    del manager, model
-    _collect(conditions)
     return out
 
 
@@ -177,8 +172,10 @@ def _started(manager: Any) -> Iterator[None]:
 
 def _load(conditions: Conditions, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
 
     text = ModelConfig.from_pretrained(conditions.path).vision is None
+    disable_progress_bar()
     family = AutoModelForCausalLM if text else Qwen3VLForConditionalGeneration
     model: Any = family.from_pretrained(conditions.path, dtype=conditions.dtype, **options)
     model = model.to(conditions.device).eval()
@@ -186,9 +183,7 @@ def _load(conditions: Conditions, **options: Any) -> Any:
     return model
 
 
-def _inputs(
-    work: Workload, conditions: Conditions, prompts: list[list[int]] | None = None
-) -> dict[str, torch.Tensor]:
+def _inputs(work: Workload, conditions: Conditions, prompts: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
     """Of equally long prompts, each with the prefix's images; default the prefix alone."""
     ids = torch.tensor(prompts or [work.prefix.token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -204,9 +199,3 @@ def _inputs(
 def _token_bytes(conditions: Conditions) -> int:
     config = ModelConfig.from_pretrained(conditions.path).text
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * conditions.dtype.itemsize
-
-
-def _collect(conditions: Conditions) -> None:
-    gc.collect()
-    if conditions.device.type == "cuda":
-        torch.cuda.empty_cache()

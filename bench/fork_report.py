@@ -1,5 +1,6 @@
 """What the fork benchmark says at its end: rows for the JSON, tables, and a plot where matplotlib is installed."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ def make_row(measured: Measured, work: Workload, floors: Floors, reference: Meas
     inside_step = floors.step(work.forks, work.inside_at, 1 + work.inside_tokens / 2)
     groups: tuple[tuple[str, Branches | None, float, float, Branches | None], ...] = (
         ("", measured.end, floors.head(work.forks), end_step, reference and reference.end),
-        ("inside_", measured.inside, floors.step(work.forks, work.inside_at, 1), inside_step, reference and reference.inside),
+        (
+            "inside_",
+            measured.inside,
+            floors.step(work.forks, work.inside_at, 1),
+            inside_step,
+            reference and reference.inside,
+        ),
     )
     for mark, group, first_floor, step_floor, other in groups:
         if group is None:
@@ -91,11 +98,10 @@ def render_grid(grid: list[Row], base: str, other: str, again: str) -> str:
 def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
     """Writes the PNG. Returns what to say of it: where it is, or that matplotlib is missing."""
     try:
-        import matplotlib
+        importlib.import_module("matplotlib").use("Agg")
     except ImportError:
         return "no plot: matplotlib is not installed"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = importlib.import_module("matplotlib.pyplot")
 
     shown = [row for row in rows if not row["error"] and row["tokens_per_s"]]
     figure, axes = pyplot.subplots(1, 3 if grid else 2, figsize=(16 if grid else 11, 4.5), layout="constrained")
@@ -108,10 +114,10 @@ def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
         axis.invert_yaxis()
     if grid:
         for forks in sorted({row["forks"] for row in grid}):
-            for system, style in {row["system"]: None for row in grid}.items():
-                del style
+            for system in dict.fromkeys(row["system"] for row in grid):
                 line = [r for r in grid if r["forks"] == forks and r["system"] == system and r["tokens_per_s"]]
-                axes[2].plot([r["prefix"] for r in line], [r["tokens_per_s"] for r in line], "o-", label=f"{system}, {forks}")
+                points = [r["prefix"] for r in line], [r["tokens_per_s"] for r in line]
+                axes[2].plot(*points, "o-", label=f"{system}, {forks} forks")
         axes[2].set(xscale="log", yscale="log", xlabel="prefix, tokens", ylabel="tokens per second")
         axes[2].legend(fontsize=6)
     figure.suptitle(title, fontsize=9)

@@ -11,6 +11,7 @@ outputs differ in fp32.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -165,6 +166,7 @@ def compare(systems: dict[str, System], work: Workload, conditions: Conditions) 
         measured = [fork_ours.measure(OURS, work, replace(conditions, tick=tick))]
     if measured[0].end is None:
         raise TimeoutError(f"{OURS}: {measured[0].error}")
+    release(conditions.device)
     conditions = replace(conditions, continuation=measured[0].end.outputs[0])
     for name, system in systems.items():
         with progress(name) as tick:
@@ -173,14 +175,18 @@ def compare(systems: dict[str, System], work: Workload, conditions: Conditions) 
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 measured.append(Measured(name, error=f"{type(error).__name__}: {first}"[:200]))
-        if conditions.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(conditions.device)
     return measured
 
 
-def cells(
-    args: argparse.Namespace, path: Path, conditions: Conditions, floors: Floors
-) -> Iterator[fork_report.Row]:
+def release(device: torch.device) -> None:
+    """Gives the memory of the system before back, so that the next one has all of it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cells(args: argparse.Namespace, path: Path, conditions: Conditions, floors: Floors) -> Iterator[fork_report.Row]:
     """Rows of our systems for every prefix and number of forks of the grid that the model's context holds."""
     systems = {name: s for word in args.peers if word in ("unshared", "re-prefill") for name, s in PEERS[word].items()}
     new_tokens = min(args.new_tokens, GRID_TOKENS)

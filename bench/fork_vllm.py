@@ -59,7 +59,8 @@ def measure(name: str, work: Workload, conditions: Conditions, eager: bool) -> M
         return Measured(name, error=why)
     on_cpu = conditions.device.type == "cpu"
     threads = torch.get_num_threads()
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment["HF_HUB_OFFLINE"] = "1"
     if on_cpu:
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -70,11 +71,12 @@ def measure(name: str, work: Workload, conditions: Conditions, eager: bool) -> M
         limit = STARTUP_S + 3 * conditions.limit_s
         with log.open("w") as out:
             process = subprocess.Popen(
-                [python, str(WORKER), str(job), str(result)],
+                # -P: or this folder, whose kernels.py is not Hugging Face's kernels, would be searched first.
+                [python, "-P", str(WORKER), str(job), str(result)],
                 env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                cwd=directory,  # or this repository's packages would be found before its own
+                cwd=directory,
                 start_new_session=True,
             )
             try:

@@ -136,9 +136,7 @@ class Clock:
             raise TimeoutError(f"no first token of all {self.branches} branches within {self.conditions.limit_s:g} s")
         complete = all(len(output) == self.wanted for output in outputs)
         decoded = self.tokens - self.tokens_at_first
-        return Branches(
-            self.first - self.start, self.last - self.first, decoded, outputs, complete=complete, **more
-        )
+        return Branches(self.first - self.start, self.last - self.first, decoded, outputs, complete=complete, **more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Imports nothing of this repository. The first token's time is that of the same c
 time of the full call is decoding. vLLM's prefix cache holds the prefix by then, so a fork is a hit on its whole blocks.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -14,8 +15,7 @@ from pathlib import Path
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    import torch
-    import vllm
+    torch, vllm = (importlib.import_module(name) for name in ("torch", "vllm"))
 
     if job["threads"]:
         torch.set_num_threads(job["threads"])
