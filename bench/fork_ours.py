@@ -65,6 +65,8 @@ def _groups(llm: LLM, work: Workload, conditions: Conditions, reprefill: bool, o
             out.inside = _fresh(llm, work, conditions, work.inside_prompts(said), work.inside_tokens, opened)
         else:
             out.end = _forked(llm, work, conditions, root, None, work.new_tokens, opened)
+            if not out.end.complete:
+                raise TimeoutError(f"cut off after {conditions.limit_s:g} s; give a longer --limit-s")
             source = opened[1]
             for sequence in (root, *opened[2:]):
                 sequence.close()  # so that the KV held inside is that of the branches inside, as for the others

@@ -7,6 +7,7 @@ from typing import Any
 from bench.fork_workload import Branches, Floors, Measured, Workload
 
 Row = dict[str, Any]
+NOISE = 0.05  # a difference that counts for nothing
 
 
 def equal_share(outputs: list[list[int]], reference: list[list[int]]) -> float:
@@ -88,7 +89,7 @@ def render_grid(grid: list[Row], base: str, other: str, again: str) -> str:
         ours, flat, fresh = (cells.get((prefix, forks, name), {}) for name in (base, other, again))
         decode = _ratio(ours.get("tokens_per_s"), flat.get("tokens_per_s"))
         first = _ratio(fresh.get("fork_to_first_token_s"), ours.get("fork_to_first_token_s"))
-        verdict = "" if decode is None else "wins" if decode > 1.02 else "loses" if decode < 0.98 else "even"
+        verdict = "" if decode is None else "wins" if decode > 1 + NOISE else "loses" if decode < 1 - NOISE else "even"
         figures = [_number(ours.get("tokens_per_s")), _number(flat.get("tokens_per_s")), _times(decode), verdict]
         table.append([str(prefix), str(forks), *figures, _times(first)])
     head = ["prefix", "forks", "tokens/s", "unshared", "sharing", "", "first token beside re-prefill"]

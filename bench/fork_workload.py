@@ -40,8 +40,8 @@ class Workload:
 
     @property
     def own_tokens(self) -> list[int]:
-        """One token for each of the branches inside."""
-        return list(range(1, self.forks + 1))
+        """One token for each of the branches inside; of the low ids, which are no special ones."""
+        return [1 + index % 255 for index in range(self.forks)]
 
     @property
     def longest(self) -> int:
