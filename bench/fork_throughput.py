@@ -146,13 +146,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def longest_prefix(path: Path, new_tokens: int) -> int:
+    """Tokens that the context leaves; a branch inside has one token more than those at the end."""
+    return ModelConfig.from_pretrained(path).text.max_position_embeddings - new_tokens - 1
+
+
 def fitted(path: Path, prefix: int, new_tokens: int, notes: list[str]) -> int:
     """The prefix, or as much of it as the model's context leaves room for, and then a note says so.
 
     Raises:
         ValueError: there is no room for any.
     """
-    room = ModelConfig.from_pretrained(path).text.max_position_embeddings - new_tokens - 1
+    room = longest_prefix(path, new_tokens)
     if room < 1:
         raise ValueError(f"--new-tokens {new_tokens}: the context of {path.name} has room for {room + new_tokens}")
     if prefix > room:
@@ -210,7 +215,8 @@ def cells(args: argparse.Namespace, path: Path, conditions: Conditions, floors: 
     systems = {name: s for word in args.peers if word in ("unshared", "re-prefill") for name, s in PEERS[word].items()}
     new_tokens = min(args.new_tokens, GRID_TOKENS)
     for prefix, forks in args.grid:
-        if fitted(path, prefix, new_tokens, []) < prefix:
+        if prefix > longest_prefix(path, new_tokens):
+            print(f"grid: prefix {prefix} left out, longer than the context of {path.name}", file=sys.stderr)
             continue
         work = Workload(random_prefix(path, prefix, args.seed), forks, new_tokens, args.temperature)
         for measured in compare(systems, work, conditions, max(args.repeats, GRID_REPEATS)):

@@ -120,8 +120,8 @@ def _read(name: str, work: Workload, conditions: Conditions, result: dict) -> Me
         own = -(-(length + count - 1) // block) - shared
         return Branches(
             group["first_token_s"],
-            group["total_s"] - group["first_token_s"],
-            work.forks * (count - 1),
+            group["decode_s"],
+            group["decode_tokens"],
             group["outputs"],
             bytes_copied=0.0,
             recomputed=length - group["cached"],

@@ -33,7 +33,7 @@ def report(tmp_path, *options):
 
 def test_every_system_says_the_same_and_only_tails_are_copied(tiny, tmp_path, capsys):
     prefix, forks, new_tokens = random.randint(20, 70), random.randint(2, 4), random.randint(6, 14)
-    sizes = f"--prefix {prefix} --forks {forks} --new-tokens {new_tokens} --grid 24,40x1,3".split()
+    sizes = f"--prefix {prefix} --forks {forks} --new-tokens {new_tokens} --grid 24x1,3".split()
     peers = ["--peers", "unshared,re-prefill,generate,continuous"]
     status, data = report(tmp_path, "--model", str(tiny), "--dtype", "float32", *sizes, *peers)
     printed = capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_every_system_says_the_same_and_only_tails_are_copied(tiny, tmp_path, ca
     assert rows["axpo, re-prefill"]["recomputed_per_fork"] == prefix
     assert data["floors"]["copy_bytes_per_s"] > 0 and data["machine"]["threads"] == torch.get_num_threads()
     assert data["versions"]["torch"] == torch.__version__
-    assert {(row["prefix"], row["forks"]) for row in data["grid"]} == {(24, 1), (24, 3), (40, 1), (40, 3)}
+    assert {(row["prefix"], row["forks"]) for row in data["grid"]} == {(24, 1), (24, 3)}
     for text in ("Forks at the prefix's end", "Forks inside", "Where sharing", *rows):
         assert text in printed
 
