@@ -10,8 +10,6 @@ that called a tool, longest together. It runs with each of the given batch sizes
 are not timed; the median of the repeats is.
 """
 
-import axpo  # noqa: F401, I001 - before torch: sets how long its threads spin, for both sides
-
 import argparse
 import json
 import statistics
