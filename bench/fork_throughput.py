@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -280,4 +281,5 @@ def vllm_version(measured: list[Measured]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a peer's process is ended too
     sys.exit(main())
