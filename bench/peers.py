@@ -4,6 +4,9 @@ Imports are inside, as none of the libraries but torch need be installed. Where 
 gradient that skips small terms) its docstring says so.
 """
 
+# These libraries are optional: most machines have none of them.
+# pyright: reportMissingImports=false
+
 from functools import cache
 from typing import Any
 

@@ -83,10 +83,6 @@ class LLM:
     def processor(self) -> Processor:
         return Processor(self.path, self.config)
 
-    @property
-    def merge(self) -> int:
-        return self.config.vision.spatial_merge_size if self.config.vision else 1
-
     # -- sequences ---------------------------------------------------------------------
 
     def open(self, prompt: Prompt) -> Sequence:

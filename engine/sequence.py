@@ -84,7 +84,7 @@ class Sequence:
         for image in inputs:
             assert placeholder is not None  # a text-only checkpoint has refused the image
             cursor = tokens.index(placeholder, cursor)
-            spans.append(place_image(spans, len(self) + cursor, image.grid_thw, self._llm.merge))
+            spans.append(place_image(spans, len(self) + cursor, image.grid_thw, self._llm.config.merge))
             cursor += image.num_tokens
         self.token_ids.extend(tokens)
         self.images.extend(inputs)

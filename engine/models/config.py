@@ -55,6 +55,11 @@ class ModelConfig:
     banned_token_ids: tuple[int, ...]
     """Vision placeholders: meaningful only where an image stands, so they are never sampled."""
 
+    @property
+    def merge(self) -> int:
+        """Patches a side of an image token; 1 without vision."""
+        return self.vision.spatial_merge_size if self.vision else 1
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":
         """Parses `<path>/config.json`.
