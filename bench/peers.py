@@ -62,7 +62,7 @@ def liger_logprob_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
 
 def cce_logprob(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """No entropy; its gradient leaves out blocks in which all is below a threshold."""
-    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+    from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, labels, reduction="none")
 
