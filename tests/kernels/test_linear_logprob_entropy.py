@@ -321,3 +321,17 @@ def test_opcheck(generator):
         rows = tuple(torch.rand(6) for _ in range(6))
         backward = (*rows[:2], *plain, *rows[2:], 0, -100, True, True)
         torch.library.opcheck(torch.ops.axpo.linear_logprob_backward_cpu.default, backward)
+
+
+def test_more_logits_than_32_bits_count(generator: torch.Generator) -> None:
+    """N · V beyond 2³¹: the last rows, whose logits lie behind it, are those of a small call."""
+    n, vocabulary = 14_200, 151_936
+    assert n * vocabulary > 2**31
+    hidden = torch.randn(n, 8, generator=generator)
+    weight = torch.randn(vocabulary, 8, generator=generator)
+    labels = torch.randint(vocabulary, (n,), generator=generator)
+    logprob, entropy = linear_logprob_entropy(hidden, weight, labels)
+    last = slice(n - 16, n)
+    expected = linear_logprob_entropy_reference(hidden[last].double(), weight.double(), labels[last])
+    torch.testing.assert_close(logprob[last].double(), expected[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy[last].double(), expected[1], atol=1e-4, rtol=1e-5)
