@@ -34,12 +34,6 @@ class Processor:
     def from_pretrained(cls, path: str | Path) -> "Processor":
         return cls(path, ModelConfig.from_pretrained(path))
 
-    @property
-    def merge(self) -> int:
-        if self.config.vision is None:
-            raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
-        return self.config.vision.spatial_merge_size
-
     def image(self, image: Image.Image) -> ImageInput:
         """Resizes, normalises and cuts an image into patches exactly as transformers does.
 
@@ -88,7 +82,7 @@ class Processor:
         index = 0
         for image in images:
             index = token_ids.index(self.image_token_id, index)
-            out.append(place_image(out, index, image.grid_thw, self.merge))
+            out.append(place_image(out, index, image.grid_thw, self.config.merge))
             index = out[-1].stop
         return out
 
