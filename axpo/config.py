@@ -77,6 +77,10 @@ class Rollout(_Section):
     top_k: CountOrOff = Field(default=0, description="top-k sampling; training needs 0 (off)")
     kv_cache_bytes: int = Field(default=2**30, ge=2**20, description="memory of the engine's paged KV cache, in bytes")
     max_batch_tokens: Count = Field(default=8192, description="tokens that one engine step computes at most")
+    overlap: bool = Field(
+        default=False,
+        description="roll the next step out while one trains, with weights one update old (one-step off-policy)",
+    )
     tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The few collectives that the trainer needs; with one process each returns its input."""
 
 import os
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +81,37 @@ def gather_objects(items: Sequence[Any]) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
+
+
+class Bulletin:
+    """What ranks tell each other without waiting for each other: anybody posts, everybody reads what is there.
+
+    It lives in torchrun's key-value store, so nothing that trains (a collective) is held up. Items are picklable and
+    small. One board a topic; all ranks use the same topics, each once.
+    """
+
+    def __init__(self, topic: str):
+        self._topic = f"axpo/bulletin/{topic}"
+        self._store = _store()
+        self._read = 0
+
+    def post(self, item: Any) -> None:
+        number = self._store.add(f"{self._topic}/count", 1)
+        self._store.set(f"{self._topic}/{number}", pickle.dumps((rank(), item)))
+
+    def read(self) -> list[Any]:
+        """Items of other ranks that were posted since the last call, in one order for all ranks."""
+        posted = self._store.add(f"{self._topic}/count", 0)
+        new = [pickle.loads(self._store.get(f"{self._topic}/{number}")) for number in range(self._read + 1, posted + 1)]
+        self._read = posted
+        return [item for sender, item in new if sender != rank()]
+
+    def clear(self) -> None:
+        """Forgets the items, on one rank and after all have read them (behind a collective)."""
+        for number in range(1, self._store.add(f"{self._topic}/count", 0) + 1):
+            self._store.delete_key(f"{self._topic}/{number}")
+        self._store.delete_key(f"{self._topic}/count")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

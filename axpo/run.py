@@ -1,6 +1,7 @@
 """A run's state and its bookkeeping: engine, learner, clock, log, evaluations, checkpoints, the end."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -9,12 +10,14 @@ import torch
 
 from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
 from axpo.config import Config
-from axpo.distributed import barrier, device, gather_objects, rank
+from axpo.distributed import barrier, device, gather_objects, rank, world_size
 from axpo.evaluate import Evaluation, comparison, evaluate
+from axpo.explore import Exploration, explore
 from axpo.inputs import Inputs, make_agent
 from axpo.learner import Learner
 from axpo.metrics import MetricsLogger, Spans
 from axpo.order import shuffled
+from axpo.rollout import Limits
 from axpo.rundir import RunDir, write_json
 from axpo.tasks import Question
 from axpo.trajectory import SAMPLED, Trajectory
@@ -73,9 +76,27 @@ class Run:
         order = [shuffled(self.config.run.seed, position, size) for position in drawn]
         return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
 
+    def explore(self, step: int) -> Exploration:
+        """This rank's share of the step's questions, rolled out and resampled."""
+        rollout = self.config.rollout
+        limits = Limits(
+            max_turns=rollout.max_turns,
+            max_new_tokens=rollout.max_new_tokens,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+        )
+        questions = self.questions(step)
+        mine = questions[rank() :: world_size()]
+        return explore(self.agent, step, mine, len(questions), limits, self.config.algo, self.config.run.seed)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the engine is wanted for something else than step + 1."""
+        every = self.config.eval.every
+        return step == self.config.run.steps or bool(every and step % every == 0)
+
     def push_weights(self) -> None:
         """The trained weights become the engine's."""
-        push_weights(self.learner.model, self.agent.llm.model)
+        push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
         self.agent.llm.weights_updated()
 
     def gather(self, groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]]) -> StepRecord:
@@ -94,7 +115,7 @@ class Run:
                 self.directory.write_trajectories(step, record.trajectories)
         seconds = self.spans.metrics()
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
-        metrics["perf/rollout_tokens_per_s"] = sampled / (seconds["perf/rollout_s"] + seconds["perf/resample_s"])
+        metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
         self.log.log(step, metrics | seconds)
         last, every = step == self.config.run.steps, self.config.checkpoint.every
@@ -104,7 +125,7 @@ class Run:
                 save_checkpoint(
                     self.directory.path / "checkpoints", self.learner, progress, self.config.checkpoint.keep
                 )
-        if self.config.eval.every and step % self.config.eval.every == 0 and not last:
+        if self.evaluates_after(step) and not last:
             with self.spans("evaluation"):
                 self.evaluate()
 
