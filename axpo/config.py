@@ -81,6 +81,10 @@ class Rollout(_Section):
         default=False,
         description="roll the next step out while one trains, with weights one update old (one-step off-policy)",
     )
+    sleep_in_training: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="give the KV cache's memory to training and take it again after; auto: on a GPU, without overlap",
+    )
     tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
 
     @model_validator(mode="after")
@@ -95,6 +99,11 @@ class Rollout(_Section):
             raise ValueError(
                 f"rollout.max_new_tokens = {self.max_new_tokens}: not below rollout.max_tokens = {self.max_tokens}: "
                 "the context also holds the prompt and its images"
+            )
+        if self.overlap and self.sleep_in_training == "always":
+            raise ValueError(
+                "rollout.sleep_in_training = 'always': under rollout.overlap the engine works while training does; "
+                "set it to 'auto' or 'never'"
             )
         return self
 
@@ -164,6 +173,22 @@ class Optim(_Section):
 class Train(_Section):
     micro_batch_tokens: Count = Field(
         default=8192, description="packed tokens of one forward and backward pass on a rank"
+    )
+    replicas: Count = Field(
+        default=1,
+        description="whole copies of the sharded model, each over consecutive ranks (HSDP); the number of nodes keeps "
+        "gathers inside a node; 1: shards over all ranks",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again: nothing, all but matrix products and attention, everything",
+    )
+    freeze_vision: bool = Field(default=False, description="do not train the vision tower")
+    optimizer_offload: bool = Field(
+        default=False, description="keep the optimizer's moments in host memory between steps"
+    )
+    reference_offload: bool = Field(
+        default=False, description="keep the reference policy's shards in host memory (loss.kl_coef above 0)"
     )
 
 

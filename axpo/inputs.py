@@ -10,6 +10,7 @@ from axpo.conversation import Conversation
 from axpo.distributed import device, world_size
 from axpo.paths import model_directory
 from axpo.rollout import Agent
+from axpo.sharding import check_replicas
 from axpo.tasks import Task, get_task
 from axpo.tools import get_tools
 from engine import LLM, Processor
@@ -45,16 +46,18 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
             "ranks, which share the questions evenly"
         )
+    check_replicas(config.train.replicas)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
     return Inputs(source, task, Conversation(Processor(source, model), get_tools(config.rollout.tools)))
 
 
-def make_agent(config: Config, inputs: Inputs) -> Agent:
-    """Loads the engine with the checkpoint's weights."""
+def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
+    """The agent and its engine, with the checkpoint's weights, or without any yet."""
     llm = LLM(
         inputs.source,
+        load_format="auto" if load else "dummy",
         dtype=getattr(torch, config.model.dtype),
         device=device(),
         kv_cache_bytes=config.rollout.kv_cache_bytes,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from axpo.config import Train
 from axpo.distributed import all_reduce, gather_columns, world_size
+from axpo.flops import training_flops
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
+from axpo.optimizer import make_optimizer
 from axpo.sharding import build_model, draw_weights, global_norm, load_sharded, reshard
 from axpo.tree import PackedBatch, concatenate
 from engine.images import ImageInput
@@ -40,6 +44,7 @@ class Learner:
         loss: the policy loss; None for a learner that only makes `sft_step`s.
         temperature: the sampling temperature, at which log-probs are scored.
         scratch_seed: draw fresh weights from this seed instead of reading them.
+        train: how model, activations and optimizer are spread over memory; none of it changes what is computed.
     """
 
     def __init__(
@@ -53,7 +58,9 @@ class Learner:
         loss: "Loss | None" = None,
         temperature: float = 1.0,
         scratch_seed: int | None = None,
+        train: Train | None = None,
     ):
+        self.train = train = train or Train()
         self.config = ModelConfig.from_pretrained(path)
         self.device = device
         self.optim = optim
@@ -61,19 +68,21 @@ class Learner:
         self.loss = loss
         self.temperature = temperature
         self.updates = 0
-        self.model = build_model(self.config, dtype, device)
+        build = partial(build_model, self.config, dtype, device, replicas=train.replicas)
+        self.model = build(checkpointing=train.activation_checkpointing, freeze_vision=train.freeze_vision)
         if scratch_seed is None:
             load_sharded(self.model, path)
         else:
             draw_weights(self.model, scratch_seed)
         self.reference = None
         if loss is not None and loss.kl_coef > 0:
-            self.reference = build_model(self.config, dtype, device).requires_grad_(False)
+            self.reference = build(trained=False, offload=train.reference_offload)
             load_sharded(self.reference, path)
-        # After sharding and before any forward: the optimizer must hold the sharded parameters.
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-        )
+        self.optimizer = make_optimizer(self.model, optim, offload=train.optimizer_offload)
+
+    def flops(self, batch: PackedBatch) -> float:
+        """Operations of an update on the batch, without the reference policy's."""
+        return training_flops(self.config, batch, freeze_vision=self.train.freeze_vision)
 
     def step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One policy update over the rank's share of the step (PAPER.md, "GRPO" and "AXPO" 6).
@@ -229,10 +238,3 @@ def _detach_trained(batch: PackedBatch, logprobs: Tensor, entropies: Tensor, ref
     reference = torch.zeros_like(logprobs) if reference is None else reference
     columns = torch.stack([logprobs.detach(), batch.old_logprobs, batch.advantages, entropies.detach(), reference])
     return columns[:, batch.weights > 0]
-
-
-def _parameter_groups(model: Qwen3VL, weight_decay: float) -> list[dict]:
-    """Matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
