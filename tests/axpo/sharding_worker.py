@@ -51,11 +51,11 @@ SAME_BITS = {
 """Layouts that cut the sums in the same way."""
 
 
-def trees(update: int) -> list[PackedBatch]:
+def trees(update: int, budget: int | None = None) -> list[PackedBatch]:
     """This rank's share: update 2 has one question, without an image, so that a second rank may have nothing."""
     groups, resamples = fixed_step(update)
     mine = groups[rank() :: world_size()]
-    return [tree for group in mine for tree in build_trees(group, resamples, IMAGE)]
+    return [tree for group in mine for tree in build_trees(group, resamples, IMAGE, budget=budget)]
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def train(checkpoint: Path, layout: dict[str, Any]) -> tuple[list[dict[str, floa
             gradients.append(whole(found))
 
     learner.optimizer.register_step_pre_hook(keep)
-    metrics = [learner.step(pack_trees(trees(update), budget, learner.flops)) for update in range(UPDATES)]
+    metrics = [learner.step(pack_trees(trees(update, budget), budget, learner.flops)) for update in range(UPDATES)]
     return metrics, gradients, learner
 
 
@@ -92,12 +92,19 @@ def main(checkpoint: Path, out: Path) -> None:
         model = build_model(learner.config, torch.float32, torch.device("cpu"), replicas=replicas)
         record["read"][replicas] = load_sharded(model, checkpoint)
         found[f"loaded {replicas}"] = whole(dict(model.named_parameters()))
-    record["rows"] = [[batch.num_tokens for batch in pack_trees(trees(update), SMALL_BUDGET)] for update in range(2)]
+    record["packing"] = [packing(update) for update in range(2)]
     record |= sync(checkpoint, learner)
     everyone = gather_objects([record])
     if rank() == 0:
         torch.save(found, out / "found.pt")
         (out / "ranks.json").write_text(json.dumps(everyone))
+
+
+def packing(update: int) -> dict[str, list[int]]:
+    """Tokens of this rank's trees before, and of its micro-batches after."""
+    mine = trees(update, SMALL_BUDGET)
+    after = pack_trees(mine, SMALL_BUDGET)
+    return {"before": [tree.num_tokens for tree in mine], "after": [batch.num_tokens for batch in after]}
 
 
 def sync(checkpoint: Path, learner: Learner) -> dict[str, Any]:

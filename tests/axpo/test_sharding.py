@@ -130,10 +130,15 @@ def test_a_rank_does_not_touch_the_rows_of_others(checkpoint: Path):
 
 
 def test_ranks_share_the_work(two_ranks: Path):
-    first, second = (record["rows"] for record in json.loads((two_ranks / "ranks.json").read_text()))
-    for a, b in zip(first, second, strict=True):
-        assert abs(len(a) - len(b)) <= 1 and max(len(a), len(b)) > 1
-        assert abs(sum(a) - sum(b)) <= SMALL_BUDGET
+    """Three questions on two ranks: trees move until the work of each is within one tree of the other's."""
+    for update in range(2):
+        records = [record["packing"][update] for record in json.loads((two_ranks / "ranks.json").read_text())]
+        before, after = ([sum(record[name]) for record in records] for name in ("before", "after"))
+        sizes = [tokens for record in records for tokens in record["before"]]
+        assert sum(before) == sum(after) and before != after
+        assert abs(len(records[0]["after"]) - len(records[1]["after"])) <= 1
+        assert abs(after[0] - after[1]) <= max(sizes) < abs(before[0] - before[1])
+        assert all(tokens <= SMALL_BUDGET or tokens in sizes for record in records for tokens in record["after"])
 
 
 def test_the_engine_gets_the_weights_and_rolls_out_alone(checkpoint: Path, two_ranks: Path):
