@@ -104,9 +104,7 @@ class Run:
 
     def push_weights(self) -> None:
         """The trained weights become the engine's, which has its KV cache again after this."""
-        self.synced = push_weights(
-            self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap
-        )
+        self.synced = push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
         self.agent.llm.weights_updated()
         self.agent.llm.wake_up()
 
