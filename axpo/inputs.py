@@ -33,6 +33,7 @@ def check_inputs(config: Config) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
     """
+    check_replicas(config.train.replicas)
     source = model_directory(config.model.path)
     model = ModelConfig.from_pretrained(source)
     check_weights(source)
@@ -46,7 +47,6 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
             "ranks, which share the questions evenly"
         )
-    check_replicas(config.train.replicas)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")

@@ -51,6 +51,8 @@ class OffloadedAdamW(torch.optim.AdamW):
                         _set_local(moment, kept.copy_(_local(moment), non_blocking=True))
         finally:
             self.param_groups = groups
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the host reads the moments when a checkpoint is written
 
 
 def _moments(state: dict[str, Tensor]) -> list[Tensor]:
