@@ -15,7 +15,7 @@ from axpo.distributed import all_reduce, gather_columns, world_size
 from axpo.flops import training_flops
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
 from axpo.optimizer import make_optimizer
-from axpo.sharding import build_model, draw_weights, global_norm, load_sharded, reshard
+from axpo.sharding import build_model, draw_weights, global_norm, load_sharded, reduce_over_replicas, reshard
 from axpo.tree import PackedBatch, concatenate
 from engine.images import ImageInput
 from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
@@ -168,7 +168,8 @@ class Learner:
     def _equal_rounds(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
         """The rank's micro-batches, filled up to the largest count of any rank, since FSDP needs all of them in step.
 
-        For the same reason each of them has an image if the model can see.
+        For the same reason each of them has an image if the model can see. Replicas sum their gradients once, in the
+        last round; until then each adds up its own.
         """
         rounds = int(all_reduce(len(batches), self.device, dist.ReduceOp.MAX))
         filler = placeholder(self.config)
@@ -176,6 +177,7 @@ class Learner:
             batch = batches[index] if index < len(batches) else filler
             if self.config.vision is not None and not batch.images:
                 batch = concatenate([batch, filler])
+            reduce_over_replicas(self.model, index == rounds - 1)
             yield batch.to(self.device)
 
     @torch.no_grad()

@@ -100,6 +100,12 @@ def reshard(model: torch.nn.Module) -> None:
     model.reshard()
 
 
+def reduce_over_replicas(model: torch.nn.Module, now: bool) -> None:
+    """Whether the next backward pass ends in the sum over replicas, or leaves the gradients of this one to a later."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_all_reduce(now)
+
+
 @torch.no_grad()
 def load_sharded(model: Qwen3VL, path: str | Path) -> int:
     """Fills the sharded parameters from a checkpoint directory and returns the bytes that this rank read.
