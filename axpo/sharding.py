@@ -140,6 +140,14 @@ def load_sharded(model: Qwen3VL, path: str | Path) -> int:
 
 
 @torch.no_grad()
+def copy_shards(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """The weights of a model that is sharded in the same way; nothing is read or sent."""
+    for ours, theirs in zip(source.parameters(), target.parameters(), strict=True):
+        assert isinstance(ours, DTensor) and isinstance(theirs, DTensor)
+        theirs.to_local().copy_(ours.to_local())
+
+
+@torch.no_grad()
 def draw_weights(model: Qwen3VL, seed: int) -> None:
     """Fresh weights, alike for any number of ranks.
 
