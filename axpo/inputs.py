@@ -9,6 +9,7 @@ from axpo.config import Config
 from axpo.conversation import Conversation
 from axpo.distributed import device, world_size
 from axpo.grading import Grader
+from axpo.learner import Learner
 from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.sharding import check_replicas
@@ -69,6 +70,21 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
         max_batch_tokens=config.rollout.max_batch_tokens,
     )
     return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
+
+
+def make_learner(config: Config, source: Path) -> Learner:
+    """Loads trainer, optimizer and reference policy with the checkpoint's weights."""
+    return Learner(
+        source,
+        dtype=getattr(torch, config.model.dtype),
+        device=device(),
+        optim=config.optim,
+        total_steps=config.run.steps,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        train=config.train,
+    )
 
 
 def _task(config: Config) -> Task:

@@ -13,10 +13,11 @@ from axpo.config import Config
 from axpo.distributed import barrier, device, gather_objects, rank, world_size
 from axpo.evaluate import Evaluation, comparison, evaluate
 from axpo.explore import Exploration, explore
-from axpo.inputs import Inputs, make_agent
-from axpo.learner import Learner
+from axpo.inputs import Inputs, make_agent, make_learner
+from axpo.learner import NonFiniteError
 from axpo.metrics import MetricsLogger, Spans
 from axpo.order import shuffled
+from axpo.replay import keep_update
 from axpo.rollout import Limits
 from axpo.rundir import RunDir, write_json
 from axpo.tasks import Question
@@ -49,16 +50,7 @@ class Run:
             console=config.log.console,
         )
         self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
-        self.learner = Learner(
-            inputs.source,
-            dtype=getattr(torch, config.model.dtype),
-            device=device(),
-            optim=config.optim,
-            total_steps=config.run.steps,
-            loss=config.loss,
-            temperature=config.rollout.temperature,
-            train=config.train,
-        )
+        self.learner = make_learner(config, inputs.source)
         self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
         found = latest(directory.path / "checkpoints")
         self.step = load_checkpoint(found, self.learner).step if found else 0
@@ -67,8 +59,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.log.close()
+        if isinstance(error, NonFiniteError):
+            kept = keep_update(self.directory.debug(self.step + 1), self.config, self.learner, error.minibatch)
+            raise NonFiniteError(
+                f"step {self.step + 1}, {error}\nthe update is kept: find the first bad tensor with "
+                f"python -m axpo.train --debug.replay {kept}",
+                error.minibatch,
+            ) from error
 
     def questions(self, step: int) -> list[tuple[int, Question]]:
         """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
