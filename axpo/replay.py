@@ -115,8 +115,8 @@ class Watch:
 
         return hook
 
-    def _see(self, what: str, tensor: Tensor) -> None:
-        if self.first is None:
+    def _see(self, what: str, tensor: Tensor | None) -> None:
+        if self.first is None and tensor is not None:
             self.first = _describe(what, tensor)
 
 
