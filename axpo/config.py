@@ -279,6 +279,10 @@ class Train(_Section):
     updates_per_batch: Count = Field(
         default=1, description="optimizer updates of a step; with several the trainer scores π_old before the first"
     )
+    deterministic: bool = Field(
+        default=False,
+        description="only algorithms that give the same bits in every run, or an error (docs/objectives.md)",
+    )
     minibatches: Count = Field(
         default=1, description="equal parts of the step's questions, of which each update takes the next"
     )

@@ -7,7 +7,7 @@ import torch
 
 from axpo.config import Config
 from axpo.conversation import Conversation
-from axpo.distributed import device, world_size
+from axpo.distributed import be_deterministic, device, world_size
 from axpo.grading import Grader
 from axpo.learner import Learner
 from axpo.paths import model_directory
@@ -74,6 +74,8 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
 
 def make_learner(config: Config, source: Path) -> Learner:
     """Loads trainer, optimizer and reference policy with the checkpoint's weights."""
+    if config.train.deterministic:
+        be_deterministic()
     return Learner(
         source,
         dtype=getattr(torch, config.model.dtype),

@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from axpo.checkpoint import latest, load_checkpoint
 from axpo.config import Config, Loss, Optim, Train
 from axpo.learner import Learner, Minibatch, NonFiniteError, score
 from axpo.loss import Tokens, policy_loss
-from axpo.replay import Watch, _read_rows, keep_update
+from axpo.paths import model_directory
+from axpo.replay import Watch, _kept_rows, _read_rows, keep_update
 from axpo.tree import PackedBatch, build_trees, concatenate
-from engine.models import Qwen3VL
+from engine.models import ModelConfig, Predict, Qwen3VL
 from engine.weights import load_weights
+from kernels import linear_logprob_entropy
+from kernels.sampling import sample
 from tests.axpo.factory import IMAGE, write_checkpoint
 from tests.axpo.learner_worker import batches, build_learner, fixed_step
 
@@ -188,6 +192,44 @@ def test_a_gradient_that_overflows_is_found_in_the_backward_pass(checkpoint: Pat
         learner.step(rows)
     (line,) = watch.report()
     assert line.startswith("first non-finite tensor: backward, gradient of the output of "), line
+
+
+def test_what_is_no_kept_update_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"debug\.replay = .*no config\.toml; give <run\.dir>"):
+        _kept_rows(tmp_path)
+
+
+def test_the_head_and_the_sampler_have_the_same_bits():
+    """So engine and trainer differ by what lies below the LM head alone."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator) for rows in (100, 300))
+    whole = torch.arange(100)
+    ones, none = torch.ones(100), torch.zeros(100, dtype=torch.int64)
+    labels, logprobs, entropies = sample(F.linear(hidden, weight), whole, whole, ones, none, ones)
+    scored = linear_logprob_entropy(hidden, weight, labels.long())
+    assert torch.equal(scored[0], logprobs) and torch.equal(scored[1], entropies)
+
+
+def test_predictions_from_one_row_add_up_in_one_order():
+    """Branches share the row that predicts them; with two threads plain indexing adds their gradients as it comes."""
+    model = Qwen3VL(ModelConfig.from_pretrained(model_directory("mini")))
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        index = torch.randint(64, (2000,), generator=generator)
+        labels = torch.randint(500, (2000,), generator=generator)
+        hidden = torch.randn(64, 128, generator=generator)
+        got = []
+        for _ in range(8):
+            leaf = hidden.clone().requires_grad_()
+            model.model.forward = lambda *_, leaf=leaf: leaf  # type: ignore[method-assign]
+            logprobs, _ = model(labels, labels, None, None, Predict(index, labels))
+            logprobs.square().sum().backward()
+            got.append(leaf.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, got[0]) for gradient in got)
 
 
 def test_a_sampler_without_numbers_is_named(checkpoint: Path):
