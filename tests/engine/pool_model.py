@@ -1,6 +1,7 @@
 """An independent model of the KV: whose every block is, and what every slot holds, kept from outside the engine."""
 
 from collections.abc import Sequence as Seq
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +24,14 @@ class PoolModel:
         self.size = llm.pool.block_size
         self.slots = np.zeros(llm.pool.num_blocks * self.size, dtype=np.int64)
         self.sealed: dict[bytes, tuple[bytes, int]] = {}  # digest -> (root of the cache then, path at the block's end)
-        self._paths: dict[int, tuple[int, list[int]]] = {}  # id(sequence) -> (weight version, a hash a token)
+        self._paths: WeakKeyDictionary[Sequence, tuple[int, list[int]]] = WeakKeyDictionary()  # version, hashes
         self._step, self._copy, self._seal = llm.runner.step, llm.kv.copy, llm.pool.seal
         llm.runner.step = self._watch_step  # type: ignore[method-assign]
         llm.scheduler._copy_blocks = self._watch_copy
         llm.pool.seal = self._watch_seal  # type: ignore[method-assign]
 
     def paths(self, sequence: Sequence) -> list[int]:
-        version, known = self._paths.get(id(sequence), (-1, []))
+        version, known = self._paths.get(sequence, (-1, []))
         if version != self.llm.weight_version:
             known = []
         spans = [span for span in sequence.spans if span.stop > len(known)]
@@ -41,12 +42,8 @@ class PoolModel:
                     image = (sequence.images[sequence.spans.index(span)].key, index - span.start)
             before = known[-1] if known else self.llm.weight_version
             known.append(hash((before, sequence.token_ids[index], image)))
-        self._paths[id(sequence)] = (self.llm.weight_version, known)
+        self._paths[sequence] = (self.llm.weight_version, known)
         return known
-
-    def forget(self, sequence: Sequence) -> None:
-        """To be called when a sequence was closed or its tokens were replaced."""
-        self._paths.pop(id(sequence), None)
 
     def _watch_step(self, batch: DecodeBatch, chunks: list[Chunk]):
         refs = self.references()

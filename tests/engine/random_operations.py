@@ -199,7 +199,6 @@ class Walk:
 
     def close(self) -> None:
         mirror = self.live.pop(self.rng.randrange(len(self.live)))
-        self.model.forget(mirror.sequence)
         mirror.sequence.close()
         mirror.sequence.close()
         for use in (mirror.sequence.fork, mirror.sequence.extend, lambda: self.llm.submit(mirror.sequence, GREEDY)):
