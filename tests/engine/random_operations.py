@@ -85,9 +85,10 @@ class Walk:
         self.rng = rng = random.Random(seed)
         self.fresh, self.pictures, self.counts = fresh, pictures, counts
         block_size = rng.choice([2, 8, 8, 8, 8, 16])  # the C++ kernels take multiples of 8
+        num_blocks = -(-rng.randint(MAX_LENGTH, 2 * MAX_LENGTH) // block_size)  # one sequence fits, and not many
         self.llm = LLM(
             path,
-            kv_cache_bytes=fresh.kv.bytes_per_block // fresh.pool.block_size * rng.randint(76, 180),
+            kv_cache_bytes=fresh.kv.bytes_per_block // fresh.pool.block_size * block_size * num_blocks,
             block_size=block_size,
             max_batch_tokens=rng.choice([5, 17, 33, 4096]),
             max_num_seqs=rng.choice([3, 1024, 1024]),
