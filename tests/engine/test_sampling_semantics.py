@@ -103,9 +103,7 @@ def test_frequencies_and_logprobs_are_those_of_the_processed_distribution(llm: L
     observed = Counter(output.token_ids[0] for output in outputs)
     assert p_value(observed, expected.exp()) > 1e-3
     if given:
-        assert p_value(observed, raw.exp()) < 1e-6, (
-            "the test could not tell them apart"
-        )
+        assert p_value(observed, raw.exp()) < 1e-6, "the test could not tell them apart"
 
 
 def test_ends_of_runs(llm: LLM) -> None:
