@@ -101,7 +101,11 @@ class Walk:
         self.prompts = [[rng.randrange(7, 260) for _ in range(24)] for _ in range(3)]
         self.weights = [
             {name: value.clone() for name, value in fresh.model.named_parameters()},
-            {name: value * 1.01 for name, value in fresh.model.named_parameters() if "layers.1." in name},
+            {
+                name: value * 1.1
+                for name, value in fresh.model.named_parameters()
+                if "layers.1." in name or "visual.merger" in name
+            },
         ]
         self.version = 0
 
@@ -119,9 +123,9 @@ class Walk:
         if len(self.live) >= MAX_LIVE:
             return self.close()
         tokens, images = self.rng.choice(self.prompts)[: self.rng.randint(1, 24)], []
-        if self.rng.random() < 0.4:
-            more, images = self.observation()
-            tokens = tokens + more
+        if self.rng.random() < 0.4:  # two pictures have the same number of tokens: only the content tells them apart
+            images = [self.rng.choice(self.pictures)]
+            tokens = [*tokens[:6], *shown(images[0]), *tokens[6:]]
         sequence = self.llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}})
         self.live.append(Mirror(sequence, [Part(list(tokens), images)]))
 
@@ -277,7 +281,7 @@ class Walk:
         if self.rng.random() < 0.6:
             return text, []
         picture = self.rng.choice(self.pictures)
-        return [*text, VISION_START, *[IMAGE] * picture.num_tokens, VISION_END], [picture]
+        return text + shown(picture), [picture]
 
     def params(self, max_tokens: int) -> SamplingParams:
         plain = SamplingParams(
@@ -378,6 +382,10 @@ OPERATIONS = {  # and how often, relatively
     "update": 0.2,
     "drain": 0.3,
 }
+
+
+def shown(picture: ImageInput) -> list[int]:
+    return [VISION_START, *[IMAGE] * picture.num_tokens, VISION_END]
 
 
 def legal_cuts(sequence: Sequence) -> list[int]:
