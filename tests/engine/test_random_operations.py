@@ -8,8 +8,8 @@ from tests.engine.random_operations import walk
 
 def test_random_operations(vl_checkpoint: Path) -> None:
     """A million of them: `python -m tests.engine.random_operations`. A failure tells its engine's seed."""
-    counts = walk(6_000, random.randrange(2**31), vl_checkpoint)
+    counts = walk(5_000, random.randrange(2**31), vl_checkpoint)
     for name in ("preemptions", "blocks_copied", "sleep", "update", "prefill", "abort", "images_encoded"):
         assert counts[name] > 0, f"no {name} in {counts}"
-    assert counts["tokens verified"] > 1000
+    assert counts["tokens verified"] > 700
     assert counts["near ties"] <= 2
