@@ -174,12 +174,12 @@ class Spans:
         self._seconds[target] = self._seconds.get(target, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """`perf/<name>_s` of every span, `perf/other_s` the rest, `perf/step_s` their sum, since the last call."""
+        """`perf/<name>_s` of every span, `perf/unaccounted_s` the rest, `perf/step_s` their sum, since the last call."""
         if self._inner:
             raise RuntimeError("Spans.metrics() was called inside a span: its seconds are not known yet")
         total = self._now() - self._begun
         parts = {f"perf/{name}_s": seconds for name, seconds in self._seconds.items()}
-        parts["perf/other_s"] = max(0.0, total - sum(parts.values()))
+        parts["perf/unaccounted_s"] = max(0.0, total - sum(parts.values()))
         self._restart()
         return {**parts, "perf/step_s": total}
 
