@@ -209,6 +209,8 @@ class Eval(_Section):
 
 class Log(_Section):
     tensorboard: bool = Field(default=True, description="write TensorBoard events")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases, which must be installed")
+    wandb_project: str = Field(default="axpo", min_length=1, description="project of the run there")
     console: bool = Field(default=True, description="show progress; without a terminal, one line a step")
     trees_in_report: CountOrOff = Field(default=8, description="question trees drawn in report.html")
 

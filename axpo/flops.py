@@ -12,7 +12,7 @@ from engine.models import ModelConfig
 
 
 def training_flops(config: ModelConfig, batch: PackedBatch, *, freeze_vision: bool = False) -> float:
-    """Model operations of an update on the batch, `axpo.plan.counts.training_flops`. A row costs what its trees cost."""
+    """Model operations of an update on the batch, `axpo.plan.counts.training_flops`; a row costs as its trees do."""
     return flops_of(shape_of(config), work_of(batch), freeze_vision=freeze_vision)
 
 

@@ -8,6 +8,8 @@ import torch
 from axpo.config import Config
 from axpo.conversation import Conversation
 from axpo.distributed import device, world_size
+from axpo.fit import check_fits
+from axpo.metrics import check_sinks
 from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.sharding import check_replicas
@@ -47,6 +49,8 @@ def check_inputs(config: Config) -> Inputs:
             "ranks, which share the questions evenly"
         )
     check_replicas(config.train.replicas)
+    check_fits(config, device())
+    check_sinks(config.log)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")

@@ -24,21 +24,26 @@ def main() -> None:
 
     from axpo import distributed
     from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+    from axpo.fit import check_devices, check_fits
     from axpo.learner import Learner
-    from axpo.metrics import MetricsLogger, Spans
+    from axpo.metrics import MetricsLogger, Spans, check_sinks
     from axpo.packing import pack_trees
     from axpo.paths import model_directory
     from axpo.rundir import continue_from, open_run_dir
     from axpo.sharding import check_replicas
+    from axpo.telemetry import Telemetry
     from engine.weights import check_weights
 
-    device = distributed.device()
-    distributed.initialise(device)
     try:
+        check_devices()
+        device = distributed.device()
+        distributed.initialise(device)
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
         check_replicas(config.train.replicas)
+        check_fits(config, device)
+        check_sinks(config.log)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
@@ -62,9 +67,11 @@ def main() -> None:
         rank=distributed.rank(),
         tensorboard=config.log.tensorboard,
         console=config.log.console,
+        wandb=config.log.wandb_project if config.log.wandb else "",
         columns=(("loss", "policy/loss", "{:.3f}"), ("s/step", "perf/step_s", "{:.2f}")),
     )
-    spans = Spans()
+    spans = Spans(torch.cuda.synchronize if device.type == "cuda" else None)
+    telemetry = Telemetry(device)
     with log:
         for step in range(start + 1, config.run.steps + 1):
             with spans("data"):
@@ -75,7 +82,9 @@ def main() -> None:
                 with spans("checkpoint"):
                     progress = Progress(step, step * config.sft.batch_size)
                     save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
-            log.log(step, metrics | spans.metrics())
+            seconds = spans.metrics()
+            flops = distributed.all_reduce(sum(map(learner.flops, batches)), device)
+            log.log(step, metrics | telemetry.metrics(seconds, flops) | seconds)
     export_policy(learner, source, run.policy)
     if config.sft.export and distributed.rank() == 0:
         for file in run.policy.iterdir():

@@ -20,7 +20,6 @@ class RankReport:
     """What one rank tells of a step. seconds: `perf/<phase>_s`. blocks, preemptions: of its engine's KV cache."""
 
     seconds: dict[str, float]
-    flops: float
     peak_memory: int
     peak_blocks: int
     preemptions: int
@@ -38,9 +37,12 @@ class Telemetry:
         self._preemptions = 0
 
     def metrics(self, seconds: Mapping[str, float], flops: float) -> dict[str, float | None]:
-        """seconds: of `Spans.metrics`. flops: model operations of this rank's update, as `Learner.flops` counts them."""
-        report = RankReport(dict(seconds), flops, self._peak_memory(), *self._kv())
-        return step_metrics(gather_objects([report]), self._peak) | self._kv_share(report)
+        """seconds: this rank's, of `Spans.metrics`. flops: of the update over all ranks, as `Learner.flops` counts."""
+        report = RankReport(dict(seconds), self._peak_memory(), *self._kv())
+        metrics = step_metrics(gather_objects([report]), flops, self._peak)
+        if self._llm is not None:
+            metrics["perf/kv_peak_fraction"] = (metrics["perf/kv_peak_blocks"] or 0) / self._llm.pool.num_blocks
+        return metrics
 
     def _peak_memory(self) -> int:
         """Bytes: of CUDA's allocator since the last call, or of the process since its start."""
@@ -60,13 +62,8 @@ class Telemetry:
         self._preemptions = stats["preemptions"]
         return stats["blocks_peak"], new
 
-    def _kv_share(self, report: RankReport) -> dict[str, float | None]:
-        if self._llm is None:
-            return {}
-        return {"perf/kv_peak_fraction": report.peak_blocks / self._llm.pool.num_blocks}
 
-
-def step_metrics(reports: list[RankReport], peak: float | None) -> dict[str, float | None]:
+def step_metrics(reports: list[RankReport], flops: float, peak: float | None) -> dict[str, float | None]:
     """Of all ranks: MFU over the training phase, the largest peaks, and of every phase how late its slowest rank was.
 
     `perf/skew_<phase>` is the longest time of a rank over the median, `perf/slowest_<phase>` that rank; with one rank
@@ -74,9 +71,7 @@ def step_metrics(reports: list[RankReport], peak: float | None) -> dict[str, flo
     """
     first = reports[0].seconds
     train = first.get("perf/train_s", 0.0)
-    flops = sum(report.flops for report in reports)
     metrics: dict[str, float | None] = {
-        "perf/train_tflops": flops / len(reports) / train / 1e12 if train else None,
         "perf/mfu": flops / len(reports) / train / peak if train and peak else None,
         "perf/peak_memory_bytes": max(report.peak_memory for report in reports),
         "perf/kv_peak_blocks": max(report.peak_blocks for report in reports),

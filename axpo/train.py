@@ -17,11 +17,13 @@ def main() -> None:
     config = load_config(Config, prog="axpo.train", recipe="mini")
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
+    from axpo.fit import check_devices
     from axpo.inputs import check_inputs
     from axpo.rundir import continue_from, open_run_dir
 
-    distributed.initialise(distributed.device())
     try:
+        check_devices()
+        distributed.initialise(distributed.device())
         inputs = check_inputs(config)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from axpo.config import Config, SftConfig
 from axpo.plan.counts import Parameters, parameters
@@ -147,7 +147,17 @@ def _warnings(config: Config | SftConfig, plan: Plan) -> list[str]:
             + (f"set {' , or '.join(ways)}" if ways else "take a larger device or a smaller model")
         )
     if isinstance(config, Config):
-        rollout = config.rollout
+        rollout, algo = config.rollout, config.algo
+        continuations = algo.resamples_per_prefix if algo.resampling_ratio else 0
+        longest = rollout.max_tokens + continuations * rollout.max_new_tokens
+        if plan.fits and longest > where.micro_batch_tokens:
+            missing = -memory(plan.shape, replace(where, micro_batch_tokens=longest), plan.device, plan.load).free
+            if missing > 0:
+                said.append(
+                    f"at worst a rollout with its {continuations} continuations, which are not split, is a micro-batch of "
+                    f"{longest} tokens and {missing / GIB:.1f} GiB too much; --train.optimizer_offload true, "
+                    "--train.reference_offload true or a lower --rollout.max_new_tokens leave more"
+                )
         if plan.kv_tokens < rollout.max_tokens:
             least = -(-kv_token_bytes(plan.shape, where.itemsize) * rollout.max_tokens // GIB) * GIB
             said.append(

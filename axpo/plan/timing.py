@@ -120,7 +120,7 @@ def _decode(
     shortest = max(0.0, 2 * tokens - longest)
     tail = shortest * step(live)[0]
     spread = longest - shortest
-    tail += sum(spread / SLICES * step(max(1.0, live * (1 - (i + 0.5) / SLICES)))[0] for i in range(SLICES))
+    tail += sum(spread / SLICES * step(live * (1 - (i + 0.5) / SLICES))[0] for i in range(SLICES))
     return full + tail
 
 
