@@ -154,7 +154,7 @@ def _warnings(config: Config | SftConfig, plan: Plan) -> list[str]:
             missing = -memory(plan.shape, replace(where, micro_batch_tokens=longest), plan.device, plan.load).free
             if missing > 0:
                 said.append(
-                    f"at worst a rollout with its {continuations} continuations, which are not split, is a micro-batch of "
+                    f"a rollout with its {continuations} continuations, which are not split, may be a micro-batch of "
                     f"{longest} tokens and {missing / GIB:.1f} GiB too much; --train.optimizer_offload true, "
                     "--train.reference_offload true or a lower --rollout.max_new_tokens leave more"
                 )
