@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ from engine import LLM
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What one rank tells of a step. seconds: `perf/<phase>_s`. blocks, preemptions: of its engine's KV cache."""
+    """What one rank tells of a step. seconds: `perf/<phase>_s`. cpu: seconds of processors. peak_memory: bytes.
+    peak_blocks, preemptions: of its engine's KV cache."""
 
     seconds: dict[str, float]
+    cpu: float
     peak_memory: int
     peak_blocks: int
     preemptions: int
@@ -34,11 +37,13 @@ class Telemetry:
     def __init__(self, device: torch.device, llm: LLM | None = None):
         self._device, self._llm = device, llm
         self._peak = peak_flops(device)
-        self._preemptions = 0
+        self._preemptions, self._cpu = 0, time.process_time()
 
     def metrics(self, seconds: Mapping[str, float], flops: float) -> dict[str, float | None]:
         """seconds: this rank's, of `Spans.metrics`. flops: of the update over all ranks, as `Learner.flops` counts."""
-        report = RankReport(dict(seconds), self._peak_memory(), *self._kv())
+        now = time.process_time()
+        report = RankReport(dict(seconds), now - self._cpu, self._peak_memory(), *self._kv())
+        self._cpu = now
         metrics = step_metrics(gather_objects([report]), flops, self._peak)
         if self._llm is not None:
             metrics["perf/kv_peak_fraction"] = (metrics["perf/kv_peak_blocks"] or 0) / self._llm.pool.num_blocks
@@ -64,7 +69,7 @@ class Telemetry:
 
 
 def step_metrics(reports: list[RankReport], flops: float, peak: float | None) -> dict[str, float | None]:
-    """Of all ranks: MFU over the training phase, the largest peaks, and of every phase how late its slowest rank was.
+    """Of all ranks: MFU over the training phase, seconds of processors, the largest peaks, and how late ranks were.
 
     `perf/skew_<phase>` is the longest time of a rank over the median, `perf/slowest_<phase>` that rank; with one rank
     there is neither. peak: operations a second of a device; None leaves `perf/mfu` empty.
@@ -73,6 +78,7 @@ def step_metrics(reports: list[RankReport], flops: float, peak: float | None) ->
     train = first.get("perf/train_s", 0.0)
     metrics: dict[str, float | None] = {
         "perf/mfu": flops / len(reports) / train / peak if train and peak else None,
+        "perf/cpu_s": sum(report.cpu for report in reports),
         "perf/peak_memory_bytes": max(report.peak_memory for report in reports),
         "perf/kv_peak_blocks": max(report.peak_blocks for report in reports),
         "perf/kv_preemptions": sum(report.preemptions for report in reports),

@@ -3,13 +3,12 @@
     python bench/trl_step.py --setup-peers                     # once: build/peers/trl
     python bench/trl_step.py [--questions 64] [--group-size 8] [--steps 4] [--peer-batches 64,128] [--json FILE]
 
-Equal on both sides: checkpoint, fp32, threads, questions and their order with images, prompts token for token (checked),
-group size, sampling at temperature 1 up to --max-new-tokens or the end of the turn, banned tokens, reward, group-normalised
-advantages, clip range, KL to a fixed reference, mean over all tokens, AdamW, learning rate, gradient norm, one update a step.
-Not equal: sampled tokens (each draws its own); ours also writes trajectories, exact entropies and metrics; TRL recomputes
-old log-probs only where it needs them. One turn without a tool: TRL's loop for tools that return images needs a template
-that the mini model's is not. TRL runs with each of the given batch sizes and its best one counts. The first step of either
-is a warm-up; the median of the others is taken.
+Equal on both sides: checkpoint, fp32, threads, questions with images in their order, prompts token for token (checked),
+group size, sampling at temperature 1 up to --max-new-tokens or the end of the turn, banned tokens, reward, advantages
+normalised by group, clip range, KL to a fixed reference, mean over all tokens, AdamW, learning rate, gradient norm, one
+update a step. Not equal: the sampled tokens, which each draws itself; ours also records trajectories, exact entropies
+and metrics. One turn without a tool, since TRL's own loop for tools was not tried here. TRL runs with each of the given
+batch sizes and its best one counts. The first step of either is a warm-up; the median of the others is taken.
 """
 
 import argparse
@@ -58,14 +57,24 @@ def main() -> None:
         for batch in map(int, args.peer_batches.split(",")):
             rows.append(trl(args, batch, Path(directory)))
     best = min(row["step_s"] for row in rows[1:])
+    least = min(row["cpu_s"] for row in rows[1:])
     for row in rows:
-        row["ratio"] = best / row["step_s"]
+        row["ratio"], row["cpu_ratio"] = best / row["step_s"], least / row["cpu_s"]
     title = f"{args.questions} questions x {args.group_size} rollouts, {torch.get_num_threads()} threads"
     cells = [
-        [row["system"], f"{row['step_s']:.1f}", f"{row['sampled']:.1f}", f"{row['reward']:.2f}", f"{row['ratio']:.1f}x"]
+        [
+            row["system"],
+            f"{row['step_s']:.1f}",
+            f"{row['ratio']:.1f}x",
+            f"{row['cpu_s']:.1f}",
+            f"{row['cpu_ratio']:.1f}x",
+            f"{row['sampled']:.1f}",
+            f"{row['reward']:.2f}",
+        ]
         for row in rows
     ]
-    Console().print(table(title, ["system", "s/step", "tokens a rollout", "reward", "to best TRL"], cells))
+    columns = ["system", "s/step", "to best TRL", "CPU s/step", "to best TRL", "tokens a rollout", "reward"]
+    Console(width=110).print(table(title, columns, cells))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads()}, indent=1))
 
@@ -92,6 +101,7 @@ def ours(args: argparse.Namespace, directory: Path) -> dict:
     return {
         "system": "axpo",
         "step_s": statistics.median(step["perf/step_s"] for step in steps),
+        "cpu_s": statistics.median(step["perf/cpu_s"] for step in steps),
         "sampled": statistics.mean(step["length/sampled_tokens"] for step in steps),
         "reward": statistics.mean(step["reward/mean"] for step in steps),
         "phases": {n: statistics.median(s[f"perf/{n}_s"] for s in steps) for n in ("rollout", "train", "unaccounted")},
@@ -103,7 +113,9 @@ def trl(args: argparse.Namespace, batch: int, directory: Path) -> dict:
     if not _interpreter().is_file():
         raise SystemExit("TRL is not installed: python bench/trl_step.py --setup-peers makes its environment")
     if args.questions * args.group_size % batch:
-        raise SystemExit(f"--peer-batches {batch}: {args.questions * args.group_size} rollouts are not a multiple of it")
+        raise SystemExit(
+            f"--peer-batches {batch}: {args.questions * args.group_size} rollouts are not a multiple of it"
+        )
     questions = _questions(args, directory)
     recipe = read_recipe(RECIPE)
     job = {
@@ -130,6 +142,7 @@ def trl(args: argparse.Namespace, batch: int, directory: Path) -> dict:
     return {
         "system": f"TRL {result['versions']['trl']}, batch {batch}",
         "step_s": statistics.median(result["seconds"][1:]),
+        "cpu_s": statistics.median(result["cpu"][1:]),
         "sampled": statistics.mean(result["sampled"][1:]),
         "reward": statistics.mean(result["reward"][1:]),
         "versions": result["versions"],

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on the questions of bench/trl_step.py: a program of its own, run by the interpreter of its environment.
+"""TRL's GRPOTrainer on the questions of bench/trl_step.py: a program of its own, in an environment of its own.
 
     python trl_worker.py JOB.json RESULT.json
 
@@ -85,6 +85,7 @@ def main(job_file: str, result_file: str) -> None:
     logs = [entry for entry in trainer.state.log_history if "completions/mean_length" in entry]
     result = {
         "seconds": [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)],
+        "cpu": [after - before for before, after in zip(clock.cpu, clock.cpu[1:], strict=False)],
         "sampled": [entry["completions/mean_length"] for entry in logs],
         "reward": [entry["reward"] for entry in logs],
         "prompt": trainer._tokenize_prompts([_messages(job["questions"][0])])[0][0],
@@ -95,16 +96,19 @@ def main(job_file: str, result_file: str) -> None:
 
 def _clock(transformers: Any) -> Any:
     class Clock(transformers.TrainerCallback):
-        """The moment of the first step's begin and of every step's end."""
+        """The moment of the first step's begin and of every step's end, and the processors' seconds until then."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.cpu: list[float] = []
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.times.append(time.perf_counter())
+            self.cpu.append(time.process_time())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.times.append(time.perf_counter())
+            self.cpu.append(time.process_time())
 
     return Clock()
 

@@ -6,6 +6,7 @@ Imports neither torch nor the engine: a plan is made in a second on any machine,
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,9 @@ def read_shape(raw: dict[str, Any]) -> Shape:
 
 
 def published_config(path: str) -> dict[str, Any] | None:
-    """config.json of Qwen3-VL-2B, 4B, 8B or 32B by the end of a path such as Qwen/Qwen3-VL-8B-Thinking, else None."""
-    name = Path(path).name.lower()
-    size = next((size for size in PUBLISHED if name in (size, *(f"qwen3-vl-{size}{s}" for s in _SUFFIXES))), None)
+    """config.json of the Qwen3-VL (2B, 4B, 8B, 32B) that a path such as Qwen/Qwen3-VL-8B-Thinking names, or None."""
+    named = re.search(r"qwen3-vl-(2b|4b|8b|32b)(?![a-z0-9])", path.lower())
+    size = named[1] if named else path if path in PUBLISHED else None
     if size is None:
         return None
     hidden, intermediate, layers, heads, tied, large_tower = PUBLISHED[size]
@@ -157,7 +158,6 @@ def published_config(path: str) -> dict[str, Any] | None:
     }
 
 
-_SUFFIXES = ("", "-thinking", "-instruct")
 # hidden, intermediate, layers, heads, tied embeddings, the larger vision tower: of the public config.json files.
 PUBLISHED = {
     "2b": (2048, 6144, 28, 16, True, False),

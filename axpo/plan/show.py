@@ -107,6 +107,8 @@ def show(plan: Plan, recipe: str, measured: dict[str, float] | None) -> None:
         if where.has_engine
         else f"{time.micro_batches} micro-batches a rank, MFU {plan.mfu:.0%}"
     )
+    if measured:
+        console.print(f"measured: {measured['cpu']:,.2f} s of processors a step")
     for warning in plan.warnings:
         console.print(f"[bold red]warning:[/bold red] {warning}")
 

@@ -158,10 +158,10 @@ def measured(run: Path, shape: Shape) -> Workload:
 
 
 def measured_phases(run: Path) -> dict[str, float]:
-    """Median seconds of the run's phases and of its steps, the first step left out."""
+    """Median seconds of the run's phases and of its steps, and of its processors; the first step left out."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = rows[1:] or rows
-    names = ("rollout", "resample", "train", "weights", "step")
+    names = ("rollout", "resample", "train", "weights", "step", "cpu")
     return {name: sorted(row.get(f"perf/{name}_s", 0.0) for row in rows)[len(rows) // 2] for name in names}
 
 
