@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Mode = Literal["none", "selective", "full"]
 
@@ -21,26 +21,22 @@ def checkpoint_layers(layers: nn.ModuleList, mode: Mode) -> None:
     """
     if mode == "none":
         return
-    contexts = {} if mode == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    contexts = {} if mode == "full" else {"context_fn": _keep_products}
     for layer in layers:
         # There is no dropout, hence no random state to restore. FSDP's hooks stand around `forward`: what is computed
         # again finds the layer's weights gathered for its backward pass.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
-def _policy(_context: object, operator: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _kept() -> set[Any]:
+def _keep_products() -> Any:
     aten = torch.ops.aten
-    products = {aten.mm.default, aten.addmm.default}
-    sdpa = {
+    products = [aten.mm.default, aten.addmm.default]
+    sdpa = [
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
-    }
-    # The Triton operator is defined when it is first used.
-    ours = {getattr(torch.ops.axpo, name).default for name in ATTENTION if hasattr(torch.ops.axpo, name)}
-    return products | sdpa | ours
+    ]
+    # Looked for at every call: the Triton operator is defined when it is first used.
+    ours = [getattr(torch.ops.axpo, name).default for name in ATTENTION if hasattr(torch.ops.axpo, name)]
+    return create_selective_checkpoint_contexts([*products, *sdpa, *ours])

@@ -14,7 +14,7 @@ from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.sharding import check_replicas
 from axpo.tasks import Task, get_task
-from axpo.tools import get_tools
+from axpo.tools import get_tools, tool_options
 from engine import LLM, Processor
 from engine.models import ModelConfig
 from engine.weights import check_weights
@@ -35,6 +35,7 @@ def check_inputs(config: Config) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
     """
+    check_replicas(config.train.replicas)
     source = model_directory(config.model.path)
     model = ModelConfig.from_pretrained(source)
     check_weights(source)
@@ -48,13 +49,13 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
             "ranks, which share the questions evenly"
         )
-    check_replicas(config.train.replicas)
     check_fits(config, device())
     check_sinks(config.log)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
-    return Inputs(source, task, Conversation(Processor(source, model), get_tools(config.rollout.tools)))
+    tools = get_tools(config.rollout.tools, tool_options(config))
+    return Inputs(source, task, Conversation(Processor(source, model), tools))
 
 
 def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:

@@ -15,7 +15,15 @@ from axpo.distributed import all_reduce, gather_columns, world_size
 from axpo.flops import training_flops
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
 from axpo.optimizer import make_optimizer
-from axpo.sharding import build_model, draw_weights, global_norm, load_sharded, reshard
+from axpo.sharding import (
+    build_model,
+    copy_shards,
+    draw_weights,
+    global_norm,
+    load_sharded,
+    reduce_over_replicas,
+    reshard,
+)
 from axpo.tree import PackedBatch, concatenate
 from engine.images import ImageInput
 from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
@@ -38,7 +46,7 @@ class Learner:
     Every rank makes the same calls in the same order; batches differ, and a rank may have none.
 
     Args:
-        path: Hugging Face checkpoint directory; the reference policy is always this one.
+        path: Hugging Face checkpoint directory of the policy's first weights, which the reference policy keeps.
         dtype: compute dtype; gradients are reduced in fp32.
         total_steps: where a decaying learning-rate schedule ends.
         loss: the policy loss; None for a learner that only makes `sft_step`s.
@@ -77,7 +85,7 @@ class Learner:
         self.reference = None
         if loss is not None and loss.kl_coef > 0:
             self.reference = build(trained=False, offload=train.reference_offload)
-            load_sharded(self.reference, path)
+            copy_shards(self.model, self.reference)
         self.optimizer = make_optimizer(self.model, optim, offload=train.optimizer_offload)
 
     def flops(self, batch: PackedBatch) -> float:
@@ -168,7 +176,8 @@ class Learner:
     def _equal_rounds(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
         """The rank's micro-batches, filled up to the largest count of any rank, since FSDP needs all of them in step.
 
-        For the same reason each of them has an image if the model can see.
+        For the same reason each of them has an image if the model can see. Replicas sum their gradients once, in the
+        last round; until then each adds up its own.
         """
         rounds = int(all_reduce(len(batches), self.device, dist.ReduceOp.MAX))
         filler = placeholder(self.config)
@@ -176,6 +185,7 @@ class Learner:
             batch = batches[index] if index < len(batches) else filler
             if self.config.vision is not None and not batch.images:
                 batch = concatenate([batch, filler])
+            reduce_over_replicas(self.model, index == rounds - 1)
             yield batch.to(self.device)
 
     @torch.no_grad()

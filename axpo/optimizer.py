@@ -46,19 +46,22 @@ class OffloadedAdamW(torch.optim.AdamW):
                         _set_local(moment, kept.to(_local(parameter).device, non_blocking=True, copy=True))
                     self.param_groups = [{**group, "params": [parameter]}]
                     super().step()
-                    moments = _moments(self.state[parameter])  # made by the first step
-                    for moment, kept in zip(moments, host or map(_host_like, moments), strict=True):
+                    moments = _moments(self.state[parameter])  # made by the first step, on the device
+                    host = host or [_local(moment) for moment in moments]
+                    host = [kept if kept.device.type == "cpu" else _host_like(kept) for kept in host]
+                    for moment, kept in zip(moments, host, strict=True):
                         _set_local(moment, kept.copy_(_local(moment), non_blocking=True))
         finally:
             self.param_groups = groups
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the host reads the moments when a checkpoint is written
 
 
 def _moments(state: dict[str, Tensor]) -> list[Tensor]:
     return [state[name] for name in MOMENTS if name in state]
 
 
-def _host_like(moment: Tensor) -> Tensor:
-    local = _local(moment)
+def _host_like(local: Tensor) -> Tensor:
     return torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
 
 

@@ -12,7 +12,7 @@ from axpo.conversation import Conversation
 from axpo.grading import grade
 from axpo.resample import call_uncertainty
 from axpo.tasks import Question
-from axpo.tools import ToolResult
+from axpo.tools import Tool, ToolResult
 from axpo.tools.parse import ParsedCall
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, Status, ToolCall, Trajectory
 from engine import LLM, CompletionOutput, SamplingParams, derive_seed
@@ -55,10 +55,26 @@ class Branch:
     calls: list[ToolCall] = field(default_factory=list)
     status: Status | None = None
     reward: float = 0.0
+    sessions: dict[str, Tool] = field(default_factory=dict)
+    """The tools with state that it has called; they end with the branch."""
 
     @property
     def sampled(self) -> int:
         return self.roles.count(SAMPLED)
+
+    def session(self, tool: Tool) -> Tool:
+        """The branch's own instance of a tool: what a resample calls has not seen its source's calls."""
+        if tool.name in self.sessions:
+            return self.sessions[tool.name]
+        made = tool.session()
+        if made is not tool:
+            self.sessions[tool.name] = made
+        return made
+
+    def end_sessions(self) -> None:
+        for tool in self.sessions.values():
+            tool.close()
+        self.sessions.clear()
 
     def record(self, role: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]) -> None:
         self.roles += [role] * len(logprobs)
@@ -217,6 +233,7 @@ class Agent:
         def settle(branch: Branch) -> None:
             if branch.status is not None:
                 del active[id(branch.sequence)]
+                branch.end_sessions()
                 begin(then.ended(branch) if then is not None else ())
 
         begin(branches)
@@ -299,7 +316,7 @@ class Agent:
         for call, made in zip(calls, branch.calls[len(branch.calls) - len(calls) :], strict=True):
             if call.error is None and call.name is not None and call.arguments is not None:
                 try:
-                    result = self.conversation.tools[call.name].call(call.arguments, branch.images)
+                    result = branch.session(self.conversation.tools[call.name]).call(call.arguments, branch.images)
                 except Exception as error:  # a fault of the tool costs this call, not the run
                     result = ToolResult.failure(f"the tool {call.name} failed: {type(error).__name__}: {error}")
             else:

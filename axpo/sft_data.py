@@ -11,7 +11,7 @@ from axpo.order import shuffled
 from axpo.tasks import get_task
 from axpo.tasks.conversations import ConversationFile
 from axpo.tasks.teacher import STYLES, Row, sft_row
-from axpo.tools import get_tools
+from axpo.tools import tool_class
 from axpo.trajectory import PROMPT, SAMPLED, Trajectory
 from axpo.tree import PackedBatch, build_trees, with_labels
 from engine import Processor
@@ -33,7 +33,9 @@ class SftData:
         self._file: ConversationFile | None = None
         if config.data.task == "jsonl":
             self._file = ConversationFile(config.data.path)
-            self._conversation = Conversation(self.processor, get_tools(config.sft.tools))
+            self._conversation = Conversation(self.processor, {})
+            # Nothing is called here, so that a search without its key can be offered.
+            self._conversation.schemas = [tool_class(name).function() for name in config.sft.tools] or None
         else:
             self._task = get_task(config.data.task)
         self._tree = lru_cache(CACHED if self._file is None else 0)(self._make_tree)

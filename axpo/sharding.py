@@ -100,6 +100,12 @@ def reshard(model: torch.nn.Module) -> None:
     model.reshard()
 
 
+def reduce_over_replicas(model: torch.nn.Module, now: bool) -> None:
+    """Whether the next backward pass ends in the sum over replicas, or leaves the gradients of this one to a later."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_all_reduce(now)
+
+
 @torch.no_grad()
 def load_sharded(model: Qwen3VL, path: str | Path) -> int:
     """Fills the sharded parameters from a checkpoint directory and returns the bytes that this rank read.
@@ -131,6 +137,14 @@ def load_sharded(model: Qwen3VL, path: str | Path) -> int:
             dist.broadcast(sent, group=mesh.get_group("replicate"), group_src=0)
             local.copy_(sent)
     return read
+
+
+@torch.no_grad()
+def copy_shards(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """The weights of a model that is sharded in the same way; nothing is read or sent."""
+    for ours, theirs in zip(source.parameters(), target.parameters(), strict=True):
+        assert isinstance(ours, DTensor) and isinstance(theirs, DTensor)
+        theirs.to_local().copy_(ours.to_local())
 
 
 @torch.no_grad()

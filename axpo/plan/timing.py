@@ -138,8 +138,8 @@ def _train(shape: Shape, layout: Layout, device: Device, work: Work) -> tuple[fl
     trained = count.total - (count.vision if layout.freeze_vision else 0)
     gather = batches * size * count.total * part * (2 + reference)
     reduce = batches * 4 * trained * part
-    if layout.replicas > 1:  # of the shards, over the replicas
-        reduce += batches * 2 * 4 * trained / shards * (layout.replicas - 1) / layout.replicas
+    if layout.replicas > 1:  # of the shards, over the replicas, after the last micro-batch
+        reduce += 2 * 4 * trained / shards * (layout.replicas - 1) / layout.replicas
     if layout.reference == "cpu":
         compute += batches * 4 * count.total / shards / device.host_link
     traffic = Traffic(gather, reduce, size * count.total * part if layout.has_engine and not layout.aliased else 0.0)

@@ -27,7 +27,6 @@ BUDGET, SMALL_BUDGET = 400, 80
 UPDATES = 3
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "again": {},
     "small budget": {"budget": SMALL_BUDGET},
     "selective": {"activation_checkpointing": "selective"},
     "full": {"activation_checkpointing": "full"},
@@ -40,11 +39,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "optimizer_offload": True,
         "reference_offload": True,
     },
+    "replicas, small budget": {"replicas": 2, "budget": SMALL_BUDGET},
     "frozen": {"freeze_vision": True},
     "frozen, full": {"freeze_vision": True, "activation_checkpointing": "full"},
 }
 SAME_BITS = {
-    "plain": ("again", "selective", "full", "optimizer offload", "reference offload"),
+    "plain": ("selective", "full", "optimizer offload", "reference offload"),
     "replicas": ("replicas, all else",),
     "frozen": ("frozen, full",),
 }

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axpo.config import Train
+from axpo.checkpoint import Progress, load_checkpoint, save_checkpoint
+from axpo.config import Config, Rollout, Train
+from axpo.inputs import check_inputs
 from axpo.learner import score
-from axpo.sharding import check_replicas
+from axpo.packing import pack_trees
 from engine.weights import read_tensors
 from tests.axpo.factory import write_checkpoint
 from tests.axpo.learner_worker import build_learner, launch
-from tests.axpo.sharding_worker import LAYOUTS, SAME_BITS, SMALL_BUDGET, train, trees, whole
+from tests.axpo.sharding_worker import BUDGET, LAYOUTS, SAME_BITS, SMALL_BUDGET, train, trees, whole
 
 Found = dict[str, Any]
 
@@ -184,6 +187,30 @@ def test_what_is_computed_again(checkpoint: Path):
     assert forward and all(none[name] < selective[name] <= full[name] for name in forward)
 
 
+def test_offloaded_moments_are_saved_and_resumed(checkpoint: Path, tmp_path: Path):
+    """Also by a learner that keeps them on its device, bit for bit; and a step moves them there and back."""
+    offloaded, plain = (build_learner(checkpoint, train=Train(optimizer_offload=on)) for on in (True, False))
+    offloaded.step(pack_trees(trees(0), BUDGET))
+    moments = [state["exp_avg"].to_local() for state in offloaded.optimizer.state.values()]
+    save_checkpoint(tmp_path, offloaded, Progress(1, 1), keep=1)
+    resumed = build_learner(checkpoint, train=Train(optimizer_offload=True))
+    for learner in (plain, resumed):
+        load_checkpoint(tmp_path / "step_000001", learner)
+    metrics = [learner.step(pack_trees(trees(1), BUDGET)) for learner in (offloaded, plain, resumed)]
+    assert metrics[0] == metrics[1] == metrics[2]
+    weights = [whole(dict(learner.model.named_parameters())) for learner in (offloaded, plain, resumed)]
+    assert same_bits(weights[0], weights[1]) and same_bits(weights[0], weights[2])
+    after = [state["exp_avg"].to_local() for state in offloaded.optimizer.state.values()]
+    assert [t.data_ptr() for t in after] == [t.data_ptr() for t in moments], "the host's memory is kept"
+
+
 def test_replicas_must_divide_the_ranks():
+    """Said with the other inputs, before anything is loaded."""
+    config = Config(train=Train(replicas=2))
     with pytest.raises(ValueError, match=r"train.replicas = 2: 1 ranks cannot .* one of 1"):
-        check_replicas(2)
+        check_inputs(config)
+
+
+def test_the_engine_cannot_sleep_while_it_works():
+    with pytest.raises(ValidationError, match=r"sleep_in_training = 'always'.* 'auto' or 'never'"):
+        Rollout(overlap=True, sleep_in_training="always")
