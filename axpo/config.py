@@ -138,6 +138,21 @@ class ImageSearchTool(_Section):
     max_side: int = Field(default=1024, ge=32, description="larger pictures are shrunk to this side, in pixels")
 
 
+class JudgeOptions(_Section):
+    base_url: str = Field(default="", description="OpenAI-compatible API of the judge, up to /v1; empty: no judge")
+    model: str = Field(default="", description="the judge's model, as its service calls it")
+    api_key_env: str = Field(default="", description="environment variable that holds the judge's API key")
+    max_calls: Count = Field(default=10_000, description="calls that a process may pay; known verdicts are free")
+    cache_dir: str = Field(default="", description="folder of known verdicts; empty: ~/.cache/axpo/judge")
+    timeout_s: float = Field(default=30.0, gt=0.0, le=600.0, description="seconds that one verdict may take")
+
+    @model_validator(mode="after")
+    def _a_service_has_a_model(self) -> JudgeOptions:
+        if self.base_url and not self.model:
+            raise ValueError("judge.model = '': judge.base_url needs the name of a model; set judge.model")
+        return self
+
+
 class Algo(_Section):
     name: Literal["grpo", "axpo"] = Field(default="axpo", description="grpo: no resampling; axpo: with it")
     group_size: int = Field(default=8, ge=2, description="rollouts N of a question")
@@ -255,6 +270,7 @@ class Config(_Section):
     python: PythonTool = PythonTool()
     search: SearchTool = SearchTool()
     image_search: ImageSearchTool = ImageSearchTool()
+    judge: JudgeOptions = JudgeOptions()
     algo: Algo = Algo()
     loss: Loss = Loss()
     optim: Optim = Optim()

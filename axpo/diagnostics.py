@@ -25,6 +25,7 @@ def rollout_metrics(groups: Groups) -> Metrics:
     return {
         "reward/mean": _mean(rollout.reward for rollout in rollouts),
         "reward/zero_std_fraction": _mean(len({rollout.reward for rollout in group}) == 1 for group in groups),
+        "reward/ungraded_rate": _mean(rollout.grade_error is not None for rollout in rollouts),
         "tool/rate": len(with_tool) / len(rollouts),
         "tool/accuracy": _mean(rollout.correct for rollout in with_tool),
         "no_tool/accuracy": _mean(rollout.correct for rollout in without),

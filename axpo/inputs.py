@@ -9,6 +9,7 @@ from axpo.config import Config
 from axpo.conversation import Conversation
 from axpo.distributed import device, world_size
 from axpo.fit import check_fits
+from axpo.grading import Grader
 from axpo.metrics import check_sinks
 from axpo.paths import model_directory
 from axpo.rollout import Agent
@@ -27,6 +28,7 @@ class Inputs:
     source: Path
     task: Task
     conversation: Conversation
+    grader: Grader
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -54,8 +56,10 @@ def check_inputs(config: Config) -> Inputs:
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
+    grader = Grader(config.judge)
+    grader.check(task.kinds())
     tools = get_tools(config.rollout.tools, tool_options(config))
-    return Inputs(source, task, Conversation(Processor(source, model), tools))
+    return Inputs(source, task, Conversation(Processor(source, model), tools), grader)
 
 
 def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
@@ -68,7 +72,7 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
         kv_cache_bytes=config.rollout.kv_cache_bytes,
         max_batch_tokens=config.rollout.max_batch_tokens,
     )
-    return Agent(llm, inputs.conversation, config.run.seed)
+    return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
 
 
 def _task(config: Config) -> Task:

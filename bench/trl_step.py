@@ -130,7 +130,7 @@ def trl(args: argparse.Namespace, batch: int, directory: Path) -> dict:
         "batch": batch,
         "kl_coef": 1e-3,
         "lr": recipe["optim"]["lr"],
-        "grader": str(ROOT / "axpo" / "grading" / "__init__.py"),
+        "answers": str(ROOT / "axpo" / "grading" / "answer.py"),
     }
     job_file, result_file = directory / "job.json", directory / "result.json"
     job_file.write_text(json.dumps(job))

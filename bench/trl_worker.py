@@ -2,7 +2,7 @@
 
     python trl_worker.py JOB.json RESULT.json
 
-Imports nothing of this repository but the grader, by its file.
+Imports nothing of this repository but what an answer is, by its file.
 """
 
 import importlib
@@ -24,12 +24,16 @@ def main(job_file: str, result_file: str) -> None:
     model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(job["model"], dtype=torch.float32)
     config = model.config
     banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    grade = _grader(job["grader"])
+    answers = _module(job["answers"])
 
     def reward(completions: list, answer: list[str], **_: Any) -> list[float]:
         # The prompt opened <think>, and special tokens are dropped from the text that a reward function gets.
         texts = [completion[0]["content"] for completion in completions]
-        return [grade(_text(text), wanted) for text, wanted in zip(texts, answer, strict=True)]
+        given = [answers.final_answer(_text(text)) for text in texts]
+        return [
+            float(said is not None and answers.normalise(said) == answers.normalise(wanted))
+            for said, wanted in zip(given, answer, strict=True)
+        ]
 
     rows = datasets.Dataset.from_dict(
         {
@@ -143,12 +147,12 @@ def _text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _grader(file: str) -> Any:
-    spec = importlib.util.spec_from_file_location("grading", file)
+def _module(file: str) -> Any:
+    spec = importlib.util.spec_from_file_location("answers", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.grade
+    return module
 
 
 if __name__ == "__main__":
