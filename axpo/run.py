@@ -21,6 +21,7 @@ from axpo.replay import keep_update
 from axpo.rollout import Limits
 from axpo.rundir import RunDir, write_json
 from axpo.tasks import Question
+from axpo.telemetry import Telemetry
 from axpo.trajectory import SAMPLED, Trajectory
 from axpo.weights_sync import push_weights
 
@@ -48,10 +49,12 @@ class Run:
             rank=rank(),
             tensorboard=config.log.tensorboard,
             console=config.log.console,
+            wandb=config.log.wandb_project if config.log.wandb else "",
         )
         self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
         self.learner = make_learner(config, inputs.source)
         self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
+        self.telemetry = Telemetry(device(), self.agent.llm)
         found = latest(directory.path / "checkpoints")
         self.step = load_checkpoint(found, self.learner).step if found else 0
         self.push_weights()
@@ -125,6 +128,7 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
+        metrics |= self.telemetry.metrics(seconds, metrics["pack/flops"] or 0.0)
         metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
         self.log.log(step, metrics | self.synced.metrics() | seconds)
         last, every = step == self.config.run.steps, self.config.checkpoint.every

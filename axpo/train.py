@@ -18,6 +18,7 @@ def main() -> None:
     config = load_config(Config, prog="axpo.train", recipe="mini")
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
+    from axpo.fit import check_devices
     from axpo.inputs import check_inputs
     from axpo.learner import NonFiniteError
     from axpo.replay import NON_FINITE, replay
@@ -25,8 +26,9 @@ def main() -> None:
 
     if config.debug.replay:
         raise SystemExit(replay(config.debug.replay))
-    distributed.initialise(distributed.device())
     try:
+        check_devices()
+        distributed.initialise(distributed.device())
         inputs = check_inputs(config)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:

@@ -318,6 +318,7 @@ class LLM:
         return {
             "blocks_total": self.pool.num_blocks,
             "blocks_used": self.pool.num_used,
+            "blocks_peak": self.pool.peak_used,
             "blocks_copied": self.kv.blocks_copied,
             "tokens_copied": self.kv.tokens_copied,
             "block_bytes": self.kv.bytes_per_block,
