@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.attention import Target, choose_backend
 from engine.block_pool import BlockPool
+from engine.completion import completion, make_shaper, meets_stop_string
 from engine.images import ImageInput
-from engine.logits import LogitsShaper
 from engine.memory import KVCache
 from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
 from engine.outputs import CompletionOutput, RequestOutput
@@ -39,6 +40,7 @@ class LLM:
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
         share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
             changes the speed and not a bit of the results.
+        attention: "ours", "sdpa", "flash_attn", "xformers", or "auto", the best that can serve; `explain` says why.
         seed: keys the noise of requests that bring no seed of their own.
     """
 
@@ -55,12 +57,16 @@ class LLM:
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
+        attention: str = "auto",
         seed: int = 0,
     ):
         self.path = Path(path)
         self.config = ModelConfig.from_pretrained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        text = self.config.text
+        target = Target(self.device, dtype, text.num_heads, text.num_kv_heads, text.head_dim, block_size)
+        self._choice = choose_backend(attention, target)
         with torch.device("meta"):
             model = Qwen3VL(self.config)
         self.model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
@@ -71,7 +77,8 @@ class LLM:
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
-        self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes, share_prefixes)
+        self.attention = self._choice.backend(self.kv, target, share_prefixes)
+        self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
         self.eos_token_ids = eos_token_ids(self.path)
         self.weight_version = 0
         self._seed = seed
@@ -141,7 +148,7 @@ class LLM:
             if token in request.stop_ids:
                 request.stopped_by = token
                 finished.add(request)
-            elif (request.params.stop and self._meets_stop_string(request)) or len(token_ids) >= request.limit:
+            elif (request.params.stop and meets_stop_string(request, self._decode)) or len(token_ids) >= request.limit:
                 finished.add(request)
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
@@ -297,6 +304,10 @@ class LLM:
         """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
         self.pool.reset_cache()
 
+    def explain(self) -> str:
+        """Which attention backend was chosen and why, and why each other was not: a line each."""
+        return self._choice.explanation
+
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now."""
         return {
@@ -339,28 +350,11 @@ class LLM:
             raise RuntimeError("the sequence is running already")
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        shaper = self._shaper(params, len(sequence), stop) if params.shapes_logits else None
+        shaper = None
+        if params.shapes_logits:
+            encode = self.processor.encode_text if params.bad_words else None
+            shaper = make_shaper(params, len(sequence), stop, self.config.text.vocab_size, encode)
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
-
-    def _shaper(self, params: SamplingParams, start: int, stop_ids: frozenset[int]) -> LogitsShaper:
-        vocabulary = self.config.text.vocab_size
-        bad = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
-        if bad is not None:
-            raise ValueError(f"SamplingParams.logit_bias has token {bad}, outside the vocabulary of {vocabulary}")
-        # A word is written with and without the space before it.
-        words = [self.processor.encode_text(text) for word in params.bad_words for text in (word, f" {word}")]
-        return LogitsShaper(params, start, stop_ids, words)
-
-    def _meets_stop_string(self, request: Request) -> bool:
-        """Looks for a stop string that the newest token completes: a token is at least one byte of the text."""
-        token_ids, params = request.sequence.token_ids, request.params
-        sampled = len(token_ids) - request.start
-        if sampled < params.min_tokens:
-            return False
-        window = max(len(stop.encode()) for stop in params.stop) + 4
-        text = self.processor.decode(token_ids[-min(window, sampled) :], skip_special_tokens=True)
-        request.stopped_by = next((stop for stop in params.stop if stop in text), None)
-        return request.stopped_by is not None
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick
@@ -373,23 +367,11 @@ class LLM:
                 bar.update(len(new))
         return finished
 
+    def _decode(self, token_ids: Seq[int]) -> str:
+        return self.processor.decode(token_ids, skip_special_tokens=True)
+
     def _output(self, request: Request, running: bool = False) -> CompletionOutput:
-        tokens, params, stopped_by = request.sequence.token_ids[request.start :], request.params, request.stopped_by
-        text = self.processor.decode(tokens, skip_special_tokens=True) if tokens and params.detokenize else ""
-        if isinstance(stopped_by, str):
-            end = text.rfind(stopped_by)
-            text = text[: end + len(stopped_by) if params.include_stop_str_in_output else end]
-        return CompletionOutput(
-            request.index,
-            text,
-            tokens,
-            list(request.logprobs),
-            list(request.entropies),
-            None if running else "length" if stopped_by is None else "stop",
-            stopped_by,
-            list(request.processed_logprobs) if params.processed_logprobs else None,
-            list(request.top_logprobs) if params.logprobs else None,
-        )
+        return completion(request, self._decode, running)
 
     def _params(self, given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
