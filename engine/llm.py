@@ -1,7 +1,7 @@
 """The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
@@ -10,31 +10,32 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from engine.attention import Target, choose_backend
 from engine.block_pool import BlockPool
 from engine.completion import completion, make_shaper, meets_stop_string
 from engine.images import ImageInput
-from engine.memory import KVCache
-from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
+from engine.lifecycle import Lifecycle
+from engine.memory import KVCache, check_kv_size, kv_size, peak_bytes
+from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
 from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
+from engine.resident import ResidentWeights
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
 from engine.sequence import Sequence
-from engine.weights import copy_weights, load_weights
 
 
-class LLM:
+class LLM(Lifecycle):
     """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
 
     Args:
         path: checkpoint directory.
         dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
-        kv_cache_bytes: size of the KV cache; blocks of `block_size` tokens are cut from it.
+        kv_cache_bytes: size of the KV cache, half a gigabyte by default; blocks of `block_size` tokens are cut from it.
+        kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
@@ -50,7 +51,8 @@ class LLM:
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        kv_cache_bytes: int = 1 << 29,
+        kv_cache_bytes: int | None = None,
+        kv_cache_fraction: float | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
@@ -60,6 +62,7 @@ class LLM:
         attention: str = "auto",
         seed: int = 0,
     ):
+        check_kv_size(kv_cache_bytes, kv_cache_fraction)
         self.path = Path(path)
         self.config = ModelConfig.from_pretrained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,13 +70,10 @@ class LLM:
         text = self.config.text
         target = Target(self.device, dtype, text.num_heads, text.num_kv_heads, text.head_dim, block_size)
         self._choice = choose_backend(attention, target)
-        with torch.device("meta"):
-            model = Qwen3VL(self.config)
-        self.model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
-        pack_projections(self.model)
-        fuse_projections(self.model)
-        load_weights(self.model, path)
-        self.kv = KVCache(self.config.text, kv_cache_bytes, block_size, dtype, self.device)
+        self.weights = ResidentWeights(self.config, self.path, dtype, self.device)
+        self.model = self.weights.model
+        size = kv_size(kv_cache_bytes, kv_cache_fraction, self.device)
+        self.kv = KVCache(self.config.text, size, block_size, dtype, self.device)
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
@@ -261,55 +261,16 @@ class LLM:
             prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def sleep(self, level: int = 1) -> None:
-        """Gives the KV cache's memory back. Open sequences keep their tokens and are computed again after `wake_up`."""
-        if level != 1:
-            raise ValueError(f"sleep level {level}: the engine knows level 1, which releases the KV cache")
-        if self.scheduler.has_work:
-            raise RuntimeError("sleep while sequences run; let them finish or abort them first")
-        for sequence in self.sequences.values():
-            sequence.drop_kv()
-        self.reset_prefix_cache()
-        self.kv.sleep()
-
-    def wake_up(self) -> None:
-        self.kv.wake()
-
-    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Copies new values into the weights in place: some or all, by Hugging Face's names, cast to their dtype.
-
-        Raises:
-            ValueError: a name or a shape that the model does not have; the tensors before it are copied already.
-            RuntimeError: sequences run.
-        """
-        if self.scheduler.has_work:
-            raise RuntimeError("new weights while sequences run; let them finish or abort them first")
-        try:
-            copy_weights(self.model, tensors)
-        finally:
-            self.weights_updated()
-
-    def weights_updated(self) -> None:
-        """To be called after the weights changed in place: all that was computed with the old ones is dropped."""
-        if self.scheduler.has_work:
-            raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
-        self.weight_version += 1
-        fuse_projections(self.model)  # parameters may have been pointed at the trainer's storage
-        self.runner.vision.clear()
-        self.reset_prefix_cache()
-        for sequence in self.sequences.values():
-            sequence.drop_kv()
-
-    def reset_prefix_cache(self) -> None:
-        """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
-        self.pool.reset_cache()
-
     def explain(self) -> str:
         """Which attention backend was chosen and why, and why each other was not: a line each."""
         return self._choice.explanation
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start, and what is held now."""
+        """Counters since the start, and what is held now.
+
+        peak_bytes: on the CPU the most that the process has had in memory; on a GPU torch's peak and the engine's
+        weights and KV, which torch does not count.
+        """
         return {
             "blocks_total": self.pool.num_blocks,
             "blocks_used": self.pool.num_used,
@@ -317,6 +278,9 @@ class LLM:
             "tokens_copied": self.kv.tokens_copied,
             "block_bytes": self.kv.bytes_per_block,
             "kv_bytes": self.kv.nbytes,
+            "weight_bytes": self.weights.nbytes,
+            "vision_bytes": self.runner.vision.nbytes,
+            "peak_bytes": peak_bytes(self.device, self.kv.nbytes + self.weights.nbytes),
             "images_encoded": self.runner.vision.encoded,
             "preemptions": self.scheduler.preemptions,
             "sequences_open": len(self.sequences),
@@ -348,6 +312,8 @@ class LLM:
         sequence.check_open()
         if sequence.running:
             raise RuntimeError("the sequence is running already")
+        self.weights.check()
+        self.kv.check()
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         shaper = None

@@ -210,6 +210,10 @@ class VisionCache:
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
     def clear(self) -> None:
         self._entries.clear()
         self._bytes = 0

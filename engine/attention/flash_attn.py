@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,8 @@ class FlashAttention(Backend):
     about = "the flash-attn package, paged; reads shared KV once for each sequence"
 
     def __init__(self, kv: KVCache, target: Target, share_prefixes: bool):
-        import flash_attn
-
         super().__init__(kv, target, share_prefixes)
-        self.package: Any = flash_attn
+        self.package: Any = import_module("flash_attn")
 
     @classmethod
     def why_not(cls, target: Target) -> str | None:

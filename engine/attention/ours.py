@@ -32,8 +32,17 @@ class Ours(Backend):
     def step(self, packed: Packed) -> OursStep:
         tables, starts, lengths = packed.tables, packed.cu_seqlens, packed.context_lens
         plan = paged_plan(tables, starts, lengths, self.target.num_heads, self.kv.layer(0)[0], self.share_prefixes)
-        arrays = (self.tensor(values) for values in (tables, starts, lengths, packed.slots))
-        return OursStep(self.kv, *arrays, self.writes(packed), self.scale, plan, self.whole_layers)
+        return OursStep(
+            self.kv,
+            self.tensor(tables),
+            self.tensor(starts),
+            self.tensor(lengths),
+            self.tensor(packed.slots),
+            self.writes(packed),
+            self.scale,
+            plan,
+            self.whole_layers,
+        )
 
 
 class OursStep(StepAttention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,8 @@ class XFormers(Backend):
     about = "xformers' fmha, split-K over pages for decoding; reads shared KV once for each sequence"
 
     def __init__(self, kv: KVCache, target: Target, share_prefixes: bool):
-        from xformers.ops import fmha
-
         super().__init__(kv, target, share_prefixes)
-        self.fmha: Any = fmha
+        self.fmha: Any = import_module("xformers.ops").fmha
 
     @classmethod
     def why_not(cls, target: Target) -> str | None:

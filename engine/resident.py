@@ -1,0 +1,79 @@
+"""The engine's weights: loaded into one piece of memory, which can be given back and taken again."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.arena import ALIGNMENT, make_arena, view
+from engine.models import ModelConfig, Qwen3VL, adjacent_parameters, fuse_projections
+from engine.weights import copy_weights, load_weights
+
+
+class ResidentWeights:
+    """A model whose parameters lie in one arena; what a fused projection multiplies lies in one piece.
+
+    `absent` names the parameters whose values were given back and have not been given anew.
+    """
+
+    def __init__(self, config: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device):
+        with torch.device("meta"):  # no memory before the parameters' own
+            self.model = Qwen3VL(config).to(dtype).requires_grad_(False).eval()
+        self.path = path
+        self.absent: set[str] = set()
+        groups = adjacent_parameters(self.model)
+        sizes = [sum(getattr(module, name).nbytes for module, name in group) for group in groups]
+        starts = [0]
+        for size in sizes:
+            starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+        self._arena = make_arena(starts[-1], device)
+        flat = self._arena.bytes()
+        self._range = range(flat.data_ptr(), flat.data_ptr() + starts[-1])
+        for group, start in zip(groups, starts, strict=False):
+            for module, name in group:
+                meta = getattr(module, name)
+                setattr(module, name, nn.Parameter(view(flat, start, tuple(meta.shape), dtype), requires_grad=False))
+                start += meta.nbytes
+        load_weights(self.model, path)
+        fuse_projections(self.model)
+
+    @property
+    def asleep(self) -> bool:
+        return not self._arena.held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now; parameters that were pointed at a trainer's storage are the trainer's."""
+        return self._arena.nbytes
+
+    def sleep(self) -> None:
+        """Gives the memory back, and so the values, but for parameters that were pointed at other storage."""
+        if not self.asleep:
+            self.absent = {name for name, p in self.model.named_parameters() if p.data_ptr() in self._range}
+            self._arena.release()
+
+    def wake(self) -> None:
+        self._arena.restore()
+
+    def update(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        self._check_awake()
+        self.absent -= copy_weights(self.model, tensors)
+
+    def reload(self) -> None:
+        self._check_awake()
+        load_weights(self.model, self.path)
+        self.absent.clear()
+
+    def check(self) -> None:
+        """Raises RuntimeError when there is nothing to compute with."""
+        self._check_awake()
+        if self.absent:
+            raise RuntimeError(
+                f"{len(self.absent)} weights were given back by sleep(level=2), {min(self.absent)} among them; "
+                "give them by update_weights(), or read the checkpoint again by reload_weights()"
+            )
+
+    def _check_awake(self) -> None:
+        if self.asleep:
+            raise RuntimeError("the engine's weights are asleep; call wake_up() first")
