@@ -163,6 +163,7 @@ class Scheduler:
             if self.running and missing + self._watermark > self.pool.num_free:
                 break  # those that run will finish and give blocks back
             self.waiting.popleft()
+            request.sequence.has_run = True
             self.running[request] = self.prefilling[request] = None
             budget -= self._add_chunk(request, budget, chunks)
         self._flush()

@@ -40,6 +40,7 @@ class Sequence:
         self.spans = spans
         self.num_computed = 0
         self.num_cached = 0
+        self.has_run = False  # something of it was computed: KV found again later is its own
         self.block_table: list[int] = []
         self.last_hidden: Tensor | None = None
         self.request: Request | None = None
@@ -122,6 +123,7 @@ class Sequence:
             self._llm.pool.share(blocks)
             child.block_table = list(blocks)
             child.num_computed = computed
+            child.has_run = computed > 0
             child.last_hidden = self.last_hidden if at == len(self) else None
             child._hashes, child._hash_root = self._hashes[: at // size], self._hash_root
             if blocks:
@@ -180,4 +182,6 @@ class Sequence:
             if block is None:
                 break
             self.block_table.append(block)
-        self.num_computed = self.num_cached = len(self.block_table) * pool.block_size
+        self.num_computed = len(self.block_table) * pool.block_size
+        if not self.has_run:
+            self.num_cached = self.num_computed

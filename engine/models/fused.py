@@ -52,7 +52,7 @@ def fuse_projections(model: Qwen3VL) -> None:
 
 
 def adjacent_parameters(model: Qwen3VL) -> list[list[tuple[nn.Module, str]]]:
-    """All parameters as (module, name): those of a fused projection in one group, to lie in one piece; then the rest."""
+    """All parameters as (module, name): of a fused projection in one group, to lie in one piece; then the rest."""
     groups: list[list[tuple[nn.Module, str]]] = [
         [(projection, name) for projection in projections]
         for projections in _groups(model).values()

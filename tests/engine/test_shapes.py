@@ -1,4 +1,4 @@
-"""The published sizes of Qwen3-VL and Qwen3: every tensor has its place, and no other name or shape. Nothing is allocated."""
+"""The published sizes of Qwen3-VL and Qwen3: each tensor has its place, none has another shape."""
 
 from pathlib import Path
 
