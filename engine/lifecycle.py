@@ -80,6 +80,8 @@ class Lifecycle:
     def _new_weights(self) -> None:
         self.weight_version += 1
         fuse_projections(self.weights.model)  # parameters may have been pointed at the trainer's storage
+        if self.runner.graphs is not None:
+            self.runner.graphs.weights_updated()
         self._forget_computed()
 
     def _forget_computed(self) -> None:

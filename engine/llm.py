@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from engine.attention import Target, choose_backend
+from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
 from engine.completion import completion, make_shaper, meets_stop_string
+from engine.graphs import Launched
 from engine.images import ImageInput
 from engine.lifecycle import Lifecycle
 from engine.memory import KVCache, check_kv_size, kv_size, peak_bytes
@@ -24,7 +26,7 @@ from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
 from engine.resident import ResidentWeights
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
 
 
@@ -42,6 +44,7 @@ class LLM(Lifecycle):
         share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
             changes the speed and not a bit of the results.
         attention: "ours", "sdpa", "flash_attn", "xformers", or "auto", the best that can serve; `explain` says why.
+        enforce_eager: no CUDA graphs; a GPU then waits for the host in every step.
         seed: keys the noise of requests that bring no seed of their own.
     """
 
@@ -60,6 +63,7 @@ class LLM(Lifecycle):
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
         attention: str = "auto",
+        enforce_eager: bool = False,
         seed: int = 0,
     ):
         check_kv_size(kv_cache_bytes, kv_cache_fraction)
@@ -79,8 +83,11 @@ class LLM(Lifecycle):
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
         self.attention = self._choice.backend(self.kv, target, share_prefixes)
         self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
+        if self.device.type == "cuda" and not enforce_eager:
+            self.runner.use_graphs(self.scheduler.max_num_seqs, capture=True)
         self.eos_token_ids = eos_token_ids(self.path)
         self.weight_version = 0
+        self._launched: Launched | None = None  # a step whose tokens are not known yet
         self._seed = seed
         self._requests = itertools.count()
         self._ordinals = itertools.count()
@@ -106,7 +113,7 @@ class LLM(Lifecycle):
         bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
         if bad is not None:
             raise ValueError(f"prompt token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
-        self.check_length(len(tokens))
+        self.check_length(len(tokens), inputs)
         return Sequence(self, tokens, inputs, self.processor.spans(tokens, inputs) if inputs else [])
 
     def prefill(self, sequences: Seq[Sequence]) -> None:
@@ -124,22 +131,62 @@ class LLM(Lifecycle):
 
     def step(self) -> list[tuple[Sequence, CompletionOutput]]:
         """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
+        launched, self._launched = self._launched, None
         if not self.scheduler.has_work:
             return []
-        chunks = self.scheduler.schedule()
         batch = self.scheduler.decoding
+        if launched is None or not len(batch):  # all its rows were aborted
+            chunks = self.scheduler.schedule()
+            self._count(len(batch), chunks)
+            launched = None if chunks or self.runner.graphs is None else self.runner.graphs.launch(batch)
+            if launched is None:
+                return self._compute(batch, chunks)
+        if self.scheduler.reserve_ahead():  # the next step begins before this one's tokens are known
+            launched.ahead = True
+            assert self.runner.graphs is not None
+            self._launched = self.runner.graphs.launch(batch, launched)
+            if self._launched is not None:
+                self._count(len(batch), [])
+        return self._take(batch, launched)
+
+    def _count(self, decoding: int, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self._counts["decode_tokens" if not chunk.writes else "prefill_tokens"] += chunk.stop - chunk.start
-        self._counts["decode_tokens"] += len(batch)
+        self._counts["decode_tokens"] += decoding
         self._counts["steps"] += 1
+
+    def _compute(self, batch: DecodeBatch, chunks: list[Chunk]) -> list[tuple[Sequence, CompletionOutput]]:
+        """One step, computed and waited for."""
         sampled = self.runner.step(batch, chunks)
         for chunk in chunks:
             self.scheduler.seal(chunk.request.sequence, chunk.start // self.pool.block_size)
         finished = {chunk.request for chunk in chunks if not chunk.request.samples and chunk.request.pending == 0}
-        rows = zip(
-            batch.requests + sampled.requests, sampled.tokens.tolist(), sampled.logprobs, sampled.entropies, strict=True
+        tokens = sampled.tokens.tolist()
+        finished |= self._append(batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies)
+        batch.advance(sampled.tokens[: len(batch)])
+        self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
+        return self._finish(finished)
+
+    def _take(self, batch: DecodeBatch, launched: Launched) -> list[tuple[Sequence, CompletionOutput]]:
+        """Waits for a step that was launched. Rows that left the batch since are passed over."""
+        tokens, logprobs, entropies = launched.results()
+        rows = launched.rows_of(batch.requests)
+        picked = rows.tolist()
+        finished = self._append(
+            batch.requests, tokens[rows].tolist(), [logprobs[row] for row in picked], [entropies[row] for row in picked]
         )
-        for request, token, logprob, entropy in rows:
+        if launched.ahead:
+            batch.token[:] = tokens[rows]
+        else:
+            batch.advance(tokens[rows])
+        return self._finish(finished)
+
+    def _append(
+        self, requests: list[Request], tokens: list[int], logprobs: list[float], entropies: list[float]
+    ) -> set[Request]:
+        """Gives each request its sampled token; returns those that end with it."""
+        finished: set[Request] = set()
+        for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
             token_ids = request.sequence.token_ids
             request.sequence.num_computed = len(token_ids)
             token_ids.append(token)
@@ -150,8 +197,9 @@ class LLM(Lifecycle):
                 finished.add(request)
             elif (request.params.stop and meets_stop_string(request, self._decode)) or len(token_ids) >= request.limit:
                 finished.add(request)
-        batch.advance(sampled.tokens[: len(batch)])
-        self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
+        return finished
+
+    def _finish(self, finished: set[Request]) -> list[tuple[Sequence, CompletionOutput]]:
         if not finished:
             return []
         self.scheduler.remove(finished)
@@ -301,11 +349,13 @@ class LLM(Lifecycle):
             return list(token_ids)
         return self.processor.expand(token_ids, images)
 
-    def check_length(self, length: int) -> None:
+    def check_length(self, length: int, images: Seq[ImageInput] = ()) -> None:
         limit = self.config.text.max_position_embeddings
         if length > limit:
+            of_images = sum(image.num_tokens for image in images)
             raise ValueError(
-                f"{length} tokens are more than the model's context of {limit}; shorten the prompt or observation"
+                f"{length} tokens{f', {of_images} of them of images,' if of_images else ''} are more than the model's "
+                f"context of {limit}; shorten the prompt or observation{' or take smaller images' if of_images else ''}"
             )
 
     def _submit(self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.attention import Backend
+from engine.attention.ours import Ours
 from engine.batch import DecodeBatch
+from engine.graphs import DecodeGraphs
 from engine.images import ImageInput
 from engine.logits import details
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
@@ -52,7 +54,15 @@ class Runner:
         self.block_size = block_size
         self.device = next(model.parameters()).device
         self.vision = VisionCache(model, vision_cache_bytes)
+        self.graphs: DecodeGraphs | None = None
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
+
+    def use_graphs(self, max_rows: int, capture: bool) -> None:
+        """Decodes at fixed addresses, with `capture` as CUDA graphs; only our own attention can."""
+        if isinstance(self.attention, Ours):
+            kv = self.attention.kv
+            room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
+            self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
 
     @torch.inference_mode()
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:

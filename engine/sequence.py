@@ -79,7 +79,7 @@ class Sequence:
             raise RuntimeError("a running sequence cannot be extended; let its run end first")
         inputs = self._llm.image_inputs(images)
         tokens = self._llm.expand(token_ids, inputs)
-        self._llm.check_length(len(self) + len(tokens))
+        self._llm.check_length(len(self) + len(tokens), [*self.images, *inputs])
         spans = list(self.spans)
         cursor, placeholder = 0, self._llm.config.image_token_id
         for image in inputs:
@@ -139,6 +139,13 @@ class Sequence:
         self.block_table = []
         self.num_computed = 0
         self.last_hidden = None
+
+    def trim(self) -> None:
+        """Gives back a block that was reserved for a token which will not be computed."""
+        kept = -(-self.num_computed // self._llm.pool.block_size)
+        if len(self.block_table) > kept:
+            self._llm.pool.release(self.block_table[kept:])
+            del self.block_table[kept:]
 
     def close(self) -> None:
         """Gives the blocks back for good; aborts a run in flight. Closing twice is fine."""
