@@ -1,12 +1,14 @@
-"""What happens to an engine between its runs: memory is given back and taken again, weights change."""
+"""What happens to an engine between its runs: memory is given back and taken again, weights change, numbers are read."""
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 
+from engine.attention import Choice
 from engine.block_pool import BlockPool
-from engine.memory import KVCache
+from engine.memory import KVCache, peak_bytes
 from engine.models import fuse_projections
 from engine.resident import ResidentWeights
 from engine.runner import Runner
@@ -15,7 +17,7 @@ from engine.sequence import Sequence
 
 
 class Lifecycle:
-    """The part of `LLM` that is about its memory and its weights."""
+    """The part of `LLM` that is about its memory, its weights and what it says of itself."""
 
     kv: KVCache
     weights: ResidentWeights
@@ -24,6 +26,9 @@ class Lifecycle:
     runner: Runner
     sequences: dict[int, Sequence]
     weight_version: int
+    device: torch.device
+    _choice: Choice
+    _counts: dict[str, int]
 
     def sleep(self, level: int = 1) -> None:
         """Gives memory back: level 1 the KV cache's, level 2 the weights' as well. Addresses stay reserved.
@@ -80,8 +85,7 @@ class Lifecycle:
     def _new_weights(self) -> None:
         self.weight_version += 1
         fuse_projections(self.weights.model)  # parameters may have been pointed at the trainer's storage
-        if self.runner.graphs is not None:
-            self.runner.graphs.weights_updated()
+        self.runner.weights_updated()
         self._forget_computed()
 
     def _forget_computed(self) -> None:
@@ -97,3 +101,30 @@ class Lifecycle:
     def reset_prefix_cache(self) -> None:
         """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
         self.pool.reset_cache()
+
+    def explain(self) -> str:
+        """Which attention backend was chosen and why, and why each other was not: a line each."""
+        return self._choice.explanation
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and what is held now.
+
+        peak_bytes: on the CPU the most that the process has had in memory; on a GPU torch's peak and the engine's
+        weights and KV, which torch does not count.
+        """
+        return {
+            "blocks_total": self.pool.num_blocks,
+            "blocks_used": self.pool.num_used,
+            "blocks_copied": self.kv.blocks_copied,
+            "tokens_copied": self.kv.tokens_copied,
+            "block_bytes": self.kv.bytes_per_block,
+            "kv_bytes": self.kv.nbytes,
+            "weight_bytes": self.weights.nbytes,
+            "vision_bytes": self.runner.vision.nbytes,
+            "peak_bytes": peak_bytes(self.device, self.kv.nbytes + self.weights.nbytes),
+            "images_encoded": self.runner.vision.encoded,
+            "preemptions": self.scheduler.preemptions,
+            "sequences_open": len(self.sequences),
+            "weight_version": self.weight_version,
+            **self._counts,
+        }

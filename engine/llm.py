@@ -14,11 +14,11 @@ from PIL import Image
 from engine.attention import Target, choose_backend
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
-from engine.completion import completion, make_shaper, meets_stop_string
 from engine.graphs import Launched
 from engine.images import ImageInput
 from engine.lifecycle import Lifecycle
-from engine.memory import KVCache, check_kv_size, kv_size, peak_bytes
+from engine.logits import make_shaper
+from engine.memory import KVCache, check_kv_size, kv_size
 from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
@@ -28,6 +28,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
+from engine.stopping import met_stop_string, text_of
 
 
 class LLM(Lifecycle):
@@ -195,7 +196,11 @@ class LLM(Lifecycle):
             if token in request.stop_ids:
                 request.stopped_by = token
                 finished.add(request)
-            elif (request.params.stop and meets_stop_string(request, self._decode)) or len(token_ids) >= request.limit:
+                continue
+            if request.params.stop:
+                decode, params = self.processor.decode, request.params
+                request.stopped_by = met_stop_string(decode, token_ids, request.start, params)
+            if request.stopped_by is not None or len(token_ids) >= request.limit:
                 finished.add(request)
         return finished
 
@@ -309,33 +314,6 @@ class LLM(Lifecycle):
             prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def explain(self) -> str:
-        """Which attention backend was chosen and why, and why each other was not: a line each."""
-        return self._choice.explanation
-
-    def stats(self) -> dict[str, int]:
-        """Counters since the start, and what is held now.
-
-        peak_bytes: on the CPU the most that the process has had in memory; on a GPU torch's peak and the engine's
-        weights and KV, which torch does not count.
-        """
-        return {
-            "blocks_total": self.pool.num_blocks,
-            "blocks_used": self.pool.num_used,
-            "blocks_copied": self.kv.blocks_copied,
-            "tokens_copied": self.kv.tokens_copied,
-            "block_bytes": self.kv.bytes_per_block,
-            "kv_bytes": self.kv.nbytes,
-            "weight_bytes": self.weights.nbytes,
-            "vision_bytes": self.runner.vision.nbytes,
-            "peak_bytes": peak_bytes(self.device, self.kv.nbytes + self.weights.nbytes),
-            "images_encoded": self.runner.vision.encoded,
-            "preemptions": self.scheduler.preemptions,
-            "sequences_open": len(self.sequences),
-            "weight_version": self.weight_version,
-            **self._counts,
-        }
-
     # -- shared by the above and by Sequence --------------------------------------------
 
     def next_ordinal(self) -> int:
@@ -366,10 +344,8 @@ class LLM(Lifecycle):
         self.kv.check()
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        shaper = None
-        if params.shapes_logits:
-            encode = self.processor.encode_text if params.bad_words else None
-            shaper = make_shaper(params, len(sequence), stop, self.config.text.vocab_size, encode)
+        vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
+        shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
@@ -383,11 +359,19 @@ class LLM(Lifecycle):
                 bar.update(len(new))
         return finished
 
-    def _decode(self, token_ids: Seq[int]) -> str:
-        return self.processor.decode(token_ids, skip_special_tokens=True)
-
     def _output(self, request: Request, running: bool = False) -> CompletionOutput:
-        return completion(request, self._decode, running)
+        tokens, params, stopped_by = request.sequence.token_ids[request.start :], request.params, request.stopped_by
+        return CompletionOutput(
+            request.index,
+            text_of(self.processor.decode, tokens, params, stopped_by) if params.detokenize else "",
+            tokens,
+            list(request.logprobs),
+            list(request.entropies),
+            None if running else "length" if stopped_by is None else "stop",
+            stopped_by,
+            list(request.processed_logprobs) if params.processed_logprobs else None,
+            list(request.top_logprobs) if params.logprobs else None,
+        )
 
     def _params(self, given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):

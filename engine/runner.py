@@ -64,6 +64,12 @@ class Runner:
             room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
             self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
 
+    def weights_updated(self) -> None:
+        """Drops what was computed from the old weights."""
+        self.vision.clear()
+        if self.graphs is not None:
+            self.graphs.weights_updated()
+
     @torch.inference_mode()
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
         """Computes the rows' and the chunks' tokens and samples a token for all that are complete and want one."""
