@@ -1,4 +1,4 @@
-"""What happens to an engine between its runs: memory is given back and taken again, weights change, numbers are read."""
+"""What happens to an engine between its runs: memory given back and taken again, new weights, and its numbers."""
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
