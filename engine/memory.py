@@ -56,8 +56,10 @@ class KVCache:
 
     def copy(self, copies: list[BlockCopy]) -> None:
         """Runs copy-on-write for all layers in one call; only valid tokens move."""
-        columns = zip(*((copy.src, copy.dst, copy.valid) for copy in copies), strict=True)
-        src, dst, valid = (torch.tensor(column, dtype=torch.int64, device=self._device) for column in columns)
+        columns = torch.tensor([(copy.src, copy.dst, copy.valid) for copy in copies], dtype=torch.int64).T.contiguous()
+        if self._device.type == "cuda":  # so that the host need not wait for a step that runs
+            columns = columns.pin_memory()
+        src, dst, valid = columns.to(self._device, non_blocking=True)
         copy_blocks(self.data, src, dst, valid)
         self.blocks_copied += len(copies)
         self.tokens_copied += sum(copy.valid for copy in copies)
