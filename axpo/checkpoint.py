@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from axpo.distributed import barrier, gather_objects, rank, world_size
-from axpo.learner import Learner, reshard
+from axpo.learner import Learner
 from axpo.rundir import CHECKPOINT_STATE, fsync
+from axpo.sharding import reshard
 from engine.weights import save_pretrained
 
 

@@ -81,6 +81,10 @@ class Rollout(_Section):
         default=False,
         description="roll the next step out while one trains, with weights one update old (one-step off-policy)",
     )
+    sleep_in_training: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="give the KV cache's memory to training and take it again after; auto: on a GPU, without overlap",
+    )
     tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
 
     @model_validator(mode="after")
@@ -95,6 +99,11 @@ class Rollout(_Section):
             raise ValueError(
                 f"rollout.max_new_tokens = {self.max_new_tokens}: not below rollout.max_tokens = {self.max_tokens}: "
                 "the context also holds the prompt and its images"
+            )
+        if self.overlap and self.sleep_in_training == "always":
+            raise ValueError(
+                "rollout.sleep_in_training = 'always': under rollout.overlap the engine works while training does; "
+                "set it to 'auto' or 'never'"
             )
         return self
 
@@ -125,6 +134,21 @@ class SearchTool(_Section):
 class ImageSearchTool(_Section):
     path: str = Field(default="", description="folder of pictures, with captions beside them or in captions.json")
     max_side: int = Field(default=1024, ge=32, description="larger pictures are shrunk to this side, in pixels")
+
+
+class JudgeOptions(_Section):
+    base_url: str = Field(default="", description="OpenAI-compatible API of the judge, up to /v1; empty: no judge")
+    model: str = Field(default="", description="the judge's model, as its service calls it")
+    api_key_env: str = Field(default="", description="environment variable that holds the judge's API key")
+    max_calls: Count = Field(default=10_000, description="calls that a process may pay; known verdicts are free")
+    cache_dir: str = Field(default="", description="folder of known verdicts; empty: ~/.cache/axpo/judge")
+    timeout_s: float = Field(default=30.0, gt=0.0, le=600.0, description="seconds that one verdict may take")
+
+    @model_validator(mode="after")
+    def _a_service_has_a_model(self) -> JudgeOptions:
+        if self.base_url and not self.model:
+            raise ValueError("judge.model = '': judge.base_url needs the name of a model; set judge.model")
+        return self
 
 
 class Algo(_Section):
@@ -193,6 +217,22 @@ class Train(_Section):
     micro_batch_tokens: Count = Field(
         default=8192, description="packed tokens of one forward and backward pass on a rank"
     )
+    replicas: Count = Field(
+        default=1,
+        description="whole copies of the sharded model, each over consecutive ranks (HSDP); the number of nodes keeps "
+        "gathers inside a node; 1: shards over all ranks",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again: nothing, all but matrix products and attention, everything",
+    )
+    freeze_vision: bool = Field(default=False, description="do not train the vision tower")
+    optimizer_offload: bool = Field(
+        default=False, description="keep the optimizer's moments in host memory between steps"
+    )
+    reference_offload: bool = Field(
+        default=False, description="keep the reference policy's shards in host memory (loss.kl_coef above 0)"
+    )
 
 
 class Checkpoint(_Section):
@@ -226,6 +266,7 @@ class Config(_Section):
     python: PythonTool = PythonTool()
     search: SearchTool = SearchTool()
     image_search: ImageSearchTool = ImageSearchTool()
+    judge: JudgeOptions = JudgeOptions()
     algo: Algo = Algo()
     loss: Loss = Loss()
     optim: Optim = Optim()

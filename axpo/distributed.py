@@ -83,6 +83,25 @@ def gather_objects(items: Sequence[Any]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
+def exchange_objects(parcels: Sequence[Any]) -> list[Any]:
+    """parcels[r] goes to rank r; returns what every rank sent here, in rank order. Anything picklable, of any size."""
+    if world_size() == 1:
+        return list(parcels)
+    here = rank()
+    where = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    payloads = [b"" if target == here else pickle.dumps(parcel) for target, parcel in enumerate(parcels)]
+    lengths = [len(payload) for payload in payloads]
+    sent = torch.frombuffer(bytearray(b"".join(payloads)) or bytearray(1), dtype=torch.uint8)[: sum(lengths)].to(where)
+    counts = torch.empty(len(parcels), dtype=torch.int64, device=where)
+    dist.all_to_all_single(counts, torch.tensor(lengths, device=where))
+    received = sent.new_empty(int(counts.sum()))
+    dist.all_to_all_single(received, sent, counts.tolist(), lengths)
+    parts = received.cpu().split(counts.tolist())
+    return [
+        parcels[here] if source == here else pickle.loads(part.numpy().tobytes()) for source, part in enumerate(parts)
+    ]
+
+
 class Bulletin:
     """What ranks tell each other without waiting for each other: anybody posts, everybody reads what is there.
 

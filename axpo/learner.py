@@ -2,30 +2,35 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.experimental import implicit_replication
 
+from axpo.config import Train
 from axpo.distributed import all_reduce, gather_columns, world_size
+from axpo.flops import training_flops
 from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
+from axpo.optimizer import make_optimizer
+from axpo.sharding import (
+    build_model,
+    copy_shards,
+    draw_weights,
+    global_norm,
+    load_sharded,
+    reduce_over_replicas,
+    reshard,
+)
 from axpo.tree import PackedBatch, concatenate
 from engine.images import ImageInput
-from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput, pack_projections
-from engine.weights import load_weights
+from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
 from kernels import tree_attention
 
 if TYPE_CHECKING:
     from axpo.config import Loss, Optim
-
-# FSDP2 hooks the backward pass onto a module's outputs; before torch 2.12 it looks only into registered containers.
-torch.export.register_dataclass(VisionFeatures)
 
 TokenLoss = Callable[[PackedBatch, Tensor, Tensor | None], Tensor]
 """(batch, logprobs [M], reference logprobs [M] or None) -> weighted sum of the token losses."""
@@ -41,12 +46,13 @@ class Learner:
     Every rank makes the same calls in the same order; batches differ, and a rank may have none.
 
     Args:
-        path: Hugging Face checkpoint directory; the reference policy is always this one.
+        path: Hugging Face checkpoint directory of the policy's first weights, which the reference policy keeps.
         dtype: compute dtype; gradients are reduced in fp32.
         total_steps: where a decaying learning-rate schedule ends.
         loss: the policy loss; None for a learner that only makes `sft_step`s.
         temperature: the sampling temperature, at which log-probs are scored.
         scratch_seed: draw fresh weights from this seed instead of reading them.
+        train: how model, activations and optimizer are spread over memory; none of it changes what is computed.
     """
 
     def __init__(
@@ -60,7 +66,9 @@ class Learner:
         loss: "Loss | None" = None,
         temperature: float = 1.0,
         scratch_seed: int | None = None,
+        train: Train | None = None,
     ):
+        self.train = train = train or Train()
         self.config = ModelConfig.from_pretrained(path)
         self.device = device
         self.optim = optim
@@ -68,19 +76,21 @@ class Learner:
         self.loss = loss
         self.temperature = temperature
         self.updates = 0
-        self.model = build_model(self.config, dtype, device)
+        build = partial(build_model, self.config, dtype, device, replicas=train.replicas)
+        self.model = build(checkpointing=train.activation_checkpointing, freeze_vision=train.freeze_vision)
         if scratch_seed is None:
             load_sharded(self.model, path)
         else:
             draw_weights(self.model, scratch_seed)
         self.reference = None
         if loss is not None and loss.kl_coef > 0:
-            self.reference = build_model(self.config, dtype, device).requires_grad_(False)
-            load_sharded(self.reference, path)
-        # After sharding and before any forward: the optimizer must hold the sharded parameters.
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-        )
+            self.reference = build(trained=False, offload=train.reference_offload)
+            copy_shards(self.model, self.reference)
+        self.optimizer = make_optimizer(self.model, optim, offload=train.optimizer_offload)
+
+    def flops(self, batch: PackedBatch) -> float:
+        """Operations of an update on the batch, without the reference policy's."""
+        return training_flops(self.config, batch, freeze_vision=self.train.freeze_vision)
 
     def step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """One policy update over the rank's share of the step (PAPER.md, "GRPO" and "AXPO" 6).
@@ -166,7 +176,8 @@ class Learner:
     def _equal_rounds(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
         """The rank's micro-batches, filled up to the largest count of any rank, since FSDP needs all of them in step.
 
-        For the same reason each of them has an image if the model can see.
+        For the same reason each of them has an image if the model can see. Replicas sum their gradients once, in the
+        last round; until then each adds up its own.
         """
         rounds = int(all_reduce(len(batches), self.device, dist.ReduceOp.MAX))
         filler = placeholder(self.config)
@@ -174,6 +185,7 @@ class Learner:
             batch = batches[index] if index < len(batches) else filler
             if self.config.vision is not None and not batch.images:
                 batch = concatenate([batch, filler])
+            reduce_over_replicas(self.model, index == rounds - 1)
             yield batch.to(self.device)
 
     @torch.no_grad()
@@ -199,68 +211,6 @@ def score(model: Qwen3VL, batch: PackedBatch, temperature: float) -> tuple[Tenso
         vision = VisionInput(pixels, grids, batch.image_token_index)
     predict = Predict(batch.predict_index, batch.labels, temperature)
     return model(batch.input_ids, batch.position_ids, attention, vision, predict)
-
-
-def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen3VL:
-    """The model with fp32 parameters sharded over all ranks and not yet filled; it computes in `dtype`."""
-    with torch.device("meta"):
-        model = Qwen3VL(config)
-    if buffers := [name for name, _ in model.named_buffers()]:
-        raise ValueError(f"buffers {buffers} would be left undefined here: compute them in forward")
-    mesh = init_device_mesh(device.type, (world_size(),))
-    # Inputs are not cast: rotary tables must stay fp32.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    if config.vision is not None:
-        fully_shard(model.model.visual, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    model = model.to_empty(device=device)
-    if world_size() == 1:
-        pack_projections(model)  # an engine that aliases these parameters computes them fused
-    return model
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Back to shards: after a forward without gradients FSDP2 may leave the root's parameters gathered."""
-    assert isinstance(model, FSDPModule)
-    model.reshard()
-
-
-def load_sharded(model: Qwen3VL, path: str | Path) -> None:
-    """Fills the sharded parameters from a checkpoint directory: each rank reads the files and keeps its shards."""
-    with implicit_replication():
-        load_weights(model, path)
-
-
-@torch.no_grad()
-def draw_weights(model: Qwen3VL, seed: int) -> None:
-    """Fresh weights, alike for any number of ranks.
-
-    Matrices N(0, 1/fan_in), those that write to a residual stream smaller by √(number of writers); embeddings N(0, 1);
-    norms 1, biases 0. The last norm is 1/√H when the head is tied, so that the first logits have variance 1.
-    """
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    depth = {"visual": config.vision.depth if config.vision else 1, "language_model": config.text.num_layers}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            tied_norm = config.tie_word_embeddings and name.endswith("language_model.norm.weight")
-            value = config.text.hidden_size**-0.5 if tied_norm else float(name.endswith("weight"))
-            full = torch.full(parameter.shape, value)
-        else:
-            fan_in = 1 if "embed_tokens" in name or "pos_embed" in name else math.prod(parameter.shape[1:])
-            writes = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight"))
-            writers = 2 * depth["visual" if ".visual." in name else "language_model"] if writes else 1
-            full = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in * writers)
-        with implicit_replication():
-            parameter.copy_(full)
-
-
-def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm over all gradients and all their shards; parameters are sharded over every rank."""
-    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = sum(shard.double().square().sum().item() for shard in shards)
-    return math.sqrt(all_reduce(squares, shards[0].device))
 
 
 def learning_rate(update: int, optim: "Optim", total_steps: int) -> float:
@@ -298,10 +248,3 @@ def _detach_trained(batch: PackedBatch, logprobs: Tensor, entropies: Tensor, ref
     reference = torch.zeros_like(logprobs) if reference is None else reference
     columns = torch.stack([logprobs.detach(), batch.old_logprobs, batch.advantages, entropies.detach(), reference])
     return columns[:, batch.weights > 0]
-
-
-def _parameter_groups(model: Qwen3VL, weight_decay: float) -> list[dict]:
-    """Matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

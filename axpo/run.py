@@ -48,7 +48,7 @@ class Run:
             tensorboard=config.log.tensorboard,
             console=config.log.console,
         )
-        self.agent = make_agent(config, inputs)
+        self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
         self.learner = Learner(
             inputs.source,
             dtype=getattr(torch, config.model.dtype),
@@ -57,6 +57,7 @@ class Run:
             total_steps=config.run.steps,
             loss=config.loss,
             temperature=config.rollout.temperature,
+            train=config.train,
         )
         self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
         found = latest(directory.path / "checkpoints")
@@ -94,10 +95,18 @@ class Run:
         every = self.config.eval.every
         return step == self.config.run.steps or bool(every and step % every == 0)
 
+    def release_kv(self) -> None:
+        """The engine gives the memory of its KV cache to the training that follows, by `rollout.sleep_in_training`."""
+        if self.config.rollout.sleep_in_training == "always" or (
+            self.config.rollout.sleep_in_training == "auto" and device().type == "cuda"
+        ):
+            self.agent.llm.sleep()
+
     def push_weights(self) -> None:
-        """The trained weights become the engine's."""
-        push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
+        """The trained weights become the engine's, which has its KV cache again after this."""
+        self.synced = push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
         self.agent.llm.weights_updated()
+        self.agent.llm.wake_up()
 
     def gather(self, groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]]) -> StepRecord:
         """The step's trajectories of every rank, in question order, on every rank."""
@@ -117,7 +126,8 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
-        self.log.log(step, metrics | seconds)
+        metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
+        self.log.log(step, metrics | self.synced.metrics() | seconds)
         last, every = step == self.config.run.steps, self.config.checkpoint.every
         if last or (every and step % every == 0):
             with self.spans("checkpoint"):

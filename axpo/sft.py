@@ -26,9 +26,10 @@ def main() -> None:
     from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
     from axpo.learner import Learner
     from axpo.metrics import MetricsLogger, Spans
+    from axpo.packing import pack_trees
     from axpo.paths import model_directory
     from axpo.rundir import continue_from, open_run_dir
-    from axpo.tree import pack_trees
+    from axpo.sharding import check_replicas
     from engine.weights import check_weights
 
     device = distributed.device()
@@ -37,6 +38,7 @@ def main() -> None:
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
+        check_replicas(config.train.replicas)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
@@ -50,6 +52,7 @@ def main() -> None:
         optim=config.optim,
         total_steps=config.run.steps,
         scratch_seed=config.run.seed if config.sft.from_scratch else None,
+        train=config.train,
     )
     checkpoints = run.path / "checkpoints"
     start = load_checkpoint(found, learner).step if (found := latest(checkpoints)) else 0
@@ -65,7 +68,7 @@ def main() -> None:
     with log:
         for step in range(start + 1, config.run.steps + 1):
             with spans("data"):
-                batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens)
+                batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens, learner.flops)
             with spans("train"):
                 metrics = learner.sft_step(batches)
             if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):

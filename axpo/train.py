@@ -37,9 +37,10 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
     from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
     from axpo.distributed import gather_objects
     from axpo.explore import StepAhead
+    from axpo.packing import pack_trees
     from axpo.resample import find_candidates
     from axpo.run import Run
-    from axpo.tree import build_trees, pack_trees
+    from axpo.tree import build_trees
 
     algo = config.algo
     with Run(config, inputs, directory) as state, StepAhead(state.explore) as ahead:
@@ -66,6 +67,8 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                     prefix_reward=algo.prefix_reward,
                     mask_failed_suffix=algo.mask_failed_suffix,
                 )
+                if not ahead.running:
+                    state.release_kv()
 
             with spans("train"):
                 trees = [
@@ -79,7 +82,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                         budget=config.train.micro_batch_tokens,
                     )
                 ]
-                batches = pack_trees(trees, config.train.micro_batch_tokens)
+                batches = pack_trees(trees, config.train.micro_batch_tokens, learner.flops)
                 metrics = learner.step(batches)
 
             if not ahead.running:
@@ -88,8 +91,9 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
 
             with spans("log"):
                 record = state.gather(groups, resamples)
-                packed = sum(gather_objects([batch.num_tokens for batch in batches]))
-                metrics |= rollout_metrics(record.groups) | packing_metrics(record.trajectories, packed)
+                packed = gather_objects([[(batch.num_tokens, learner.flops(batch)) for batch in batches]])
+                metrics |= rollout_metrics(record.groups)
+                metrics |= packing_metrics(record.trajectories, packed, config.train.micro_batch_tokens)
                 if explored.budget:
                     candidates = gather_objects(find_candidates(groups))
                     metrics |= resample_metrics(record.groups, record.resamples, explored.budget)

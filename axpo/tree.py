@@ -79,23 +79,6 @@ def build_trees(
     return split[0] + split[1]
 
 
-def pack_trees(trees: Sequence[PackedBatch], budget: int) -> list[PackedBatch]:
-    """Whole trees into rows of at most `budget` tokens: largest first, each into the first row with room.
-
-    Deterministic (ties by order). A tree above the budget has a row to itself.
-    """
-    rows: list[list[PackedBatch]] = []
-    sizes: list[int] = []
-    for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
-        row = next((i for i, size in enumerate(sizes) if size + tree.num_tokens <= budget), len(rows))
-        if row == len(rows):
-            rows.append([])
-            sizes.append(0)
-        rows[row].append(tree)
-        sizes[row] += tree.num_tokens
-    return [concatenate(row) for row in rows]
-
-
 def with_labels(tree: PackedBatch, labels: Sequence[tuple[int, int]], weight: float) -> PackedBatch:
     """The tree of a plain sequence with further targets: packed token `index` also predicts `label`, at this weight."""
     index, label = (torch.tensor(column, dtype=torch.int64) for column in zip(*labels, strict=True))

@@ -23,7 +23,7 @@ from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
 from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
-from engine.resident import ResidentWeights
+from engine.resident import LoadFormat, ResidentWeights
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Chunk, Request, Scheduler
@@ -37,6 +37,7 @@ class LLM(Lifecycle):
     Args:
         path: checkpoint directory.
         dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
+        load_format: "auto" reads the weights; "dummy" leaves them unfilled, for a caller that brings them.
         kv_cache_bytes: size of the KV cache, half a gigabyte by default; blocks of `block_size` tokens are cut from it.
         kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
@@ -54,6 +55,7 @@ class LLM(Lifecycle):
         path: str | Path,
         *,
         dtype: torch.dtype | None = None,
+        load_format: LoadFormat = "auto",
         device: str | torch.device | None = None,
         kv_cache_bytes: int | None = None,
         kv_cache_fraction: float | None = None,
@@ -75,7 +77,7 @@ class LLM(Lifecycle):
         text = self.config.text
         target = Target(self.device, dtype, text.num_heads, text.num_kv_heads, text.head_dim, block_size)
         self._choice = choose_backend(attention, target)
-        self.weights = ResidentWeights(self.config, self.path, dtype, self.device)
+        self.weights = ResidentWeights(self.config, self.path, dtype, self.device, load_format)
         self.model = self.weights.model
         size = kv_size(kv_cache_bytes, kv_cache_fraction, self.device)
         self.kv = KVCache(self.config.text, size, block_size, dtype, self.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,19 @@ from engine.arena import ALIGNMENT, make_arena, view
 from engine.models import ModelConfig, Qwen3VL, adjacent_parameters, fuse_projections
 from engine.weights import copy_weights, load_weights
 
+LoadFormat = Literal["auto", "dummy"]
+"""auto reads the weights; dummy leaves them unfilled, for a caller that brings them."""
+
 
 class ResidentWeights:
     """A model whose parameters lie in one arena; what a fused projection multiplies lies in one piece.
 
-    `absent` names the parameters whose values were given back and have not been given anew.
+    `absent` names the parameters without values: never read, or given back by `sleep` and not given anew.
     """
 
-    def __init__(self, config: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device, load_format: LoadFormat
+    ):
         with torch.device("meta"):  # no memory before the parameters' own
             self.model = Qwen3VL(config).to(dtype).requires_grad_(False).eval()
         self.path = path
@@ -35,8 +41,11 @@ class ResidentWeights:
                 meta = getattr(module, name)
                 setattr(module, name, nn.Parameter(view(flat, start, tuple(meta.shape), dtype), requires_grad=False))
                 start += meta.nbytes
-        load_weights(self.model, path)
         fuse_projections(self.model)
+        if load_format == "auto":
+            load_weights(self.model, path)
+        else:
+            self.absent = set(dict(self.model.named_parameters()))
 
     @property
     def asleep(self) -> bool:
@@ -70,8 +79,8 @@ class ResidentWeights:
         self._check_awake()
         if self.absent:
             raise RuntimeError(
-                f"{len(self.absent)} weights were given back by sleep(level=2), {min(self.absent)} among them; "
-                "give them by update_weights(), or read the checkpoint again by reload_weights()"
+                f"{len(self.absent)} weights have no values, {min(self.absent)} among them, as after sleep(level=2); "
+                "give them by update_weights(), or read the checkpoint by reload_weights()"
             )
 
     def _check_awake(self) -> None:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +14,13 @@ from axpo.checkpoint import load_checkpoint
 from axpo.config import Loss, Optim
 from axpo.learner import Learner, NonFiniteError, learning_rate, placeholder, score
 from axpo.loss import policy_loss
-from axpo.tree import PackedBatch, build_trees, concatenate, pack_trees
+from axpo.packing import pack_trees
+from axpo.tree import PackedBatch, build_trees, concatenate
 from axpo.weights_sync import push_weights
 from engine.models import ModelConfig, Qwen3VL
 from engine.weights import load_weights, read_tensors
 from tests.axpo.factory import IMAGE, alone, random_group, random_resamples, write_checkpoint
-from tests.axpo.learner_worker import UPDATES, batches, build_learner, fixed_step
+from tests.axpo.learner_worker import UPDATES, batches, build_learner, fixed_step, launch
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(root / "tests/axpo/learner_worker.py"), str(checkpoint), str(out)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    return launch("learner_worker.py", checkpoint, tmp_path_factory.mktemp("two"))
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:

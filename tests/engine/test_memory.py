@@ -74,10 +74,10 @@ def test_level_2_gives_the_weights_back_and_takes_them_at_the_same_addresses(vl_
         with pytest.raises(RuntimeError, match="asleep"):
             answer(llm)
         llm.wake_up(tags=["weights"])
-        with pytest.raises(RuntimeError, match=rf"{len(state)} weights were given back .* reload_weights"):
+        with pytest.raises(RuntimeError, match=rf"{len(state)} weights have no values.* reload_weights"):
             answer(llm)
         llm.update_weights(list(state.items())[:3])
-        with pytest.raises(RuntimeError, match=f"{len(state) - 3} weights were given back"):
+        with pytest.raises(RuntimeError, match=f"{len(state) - 3} weights have no values"):
             answer(llm)
         llm.update_weights(state)
         with pytest.raises(RuntimeError, match="the engine is asleep"):
@@ -94,6 +94,14 @@ def test_level_2_gives_the_weights_back_and_takes_them_at_the_same_addresses(vl_
         llm.sleep(level=3)
     with pytest.raises(ValueError, match="wake_up tag 'kv'"):
         llm.wake_up(tags=["kv"])
+
+
+def test_an_engine_without_weights_says_so_until_it_has_them(vl_checkpoint: Path) -> None:
+    llm = LLM(vl_checkpoint, load_format="dummy", kv_cache_bytes=1 << 22)
+    with pytest.raises(RuntimeError, match="weights have no values"):
+        answer(llm)
+    llm.update_weights(read_tensors(vl_checkpoint))
+    assert answer(llm) == answer(LLM(vl_checkpoint, kv_cache_bytes=1 << 22))
 
 
 def test_weights_that_are_a_trainers_are_not_given_back(vl_checkpoint: Path) -> None:
