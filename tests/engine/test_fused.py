@@ -24,7 +24,7 @@ def test_a_layer_in_one_call_has_the_same_bits(fixture: str, request: pytest.Fix
     prompts = [[rng.randrange(7, 260) for _ in range(rng.randint(3, 30))] for _ in range(5)]
     whole = llm.generate(prompts, PARAMS, use_tqdm=False)
     llm.reset_prefix_cache()
-    llm.runner._whole_layers = False
+    llm.attention.whole_layers = False
     single = llm.generate(prompts, PARAMS, use_tqdm=False)
     for one, other in zip(whole, single, strict=True):
         assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs], f"seed {seed}"
