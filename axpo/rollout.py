@@ -1,6 +1,6 @@
 """The agent loop: rollouts and resamples think, call tools and answer, each at its own pace over one engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -74,6 +74,8 @@ class Agent:
         self.llm = llm
         self.conversation = conversation
         self.seed = seed
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Asked after every engine step: rollouts return at once, unfinished, when it says so."""
         self._pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="tool")
 
     def rollouts(
@@ -188,7 +190,7 @@ class Agent:
         tools: dict[Future[list[ToolResult]], Branch] = {}
         for branch in branches:
             self._submit(branch, limits)
-        while self.llm.scheduler.has_work or tools:
+        while (self.llm.scheduler.has_work or tools) and not self.interrupted():
             for sequence, output in self.llm.step():
                 branch = by_sequence[id(sequence)]
                 calls = self._end_turn(branch, output, limits)

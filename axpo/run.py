@@ -7,15 +7,18 @@ from types import TracebackType
 
 import torch
 
-from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+from axpo.checkpoint import export_policy
 from axpo.config import Config
-from axpo.distributed import barrier, device, gather_objects, rank
+from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank
 from axpo.evaluate import Evaluation, comparison, evaluate
+from axpo.heartbeat import Heartbeat, TracedSpans
 from axpo.inputs import Inputs, make_agent
 from axpo.learner import Learner
-from axpo.metrics import MetricsLogger, Spans
+from axpo.lifecycle import Lifecycle
+from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
-from axpo.rundir import RunDir, write_json
+from axpo.rundir import RunDir, cannot_write, write_json
+from axpo.stopping import Stop
 from axpo.tasks import Question
 from axpo.trajectory import SAMPLED, Trajectory
 from axpo.weights_sync import push_weights
@@ -36,7 +39,7 @@ class StepRecord:
 class Run:
     """A context manager: made from checked inputs and a run directory, standing at the directory's last checkpoint."""
 
-    def __init__(self, config: Config, inputs: Inputs, directory: RunDir):
+    def __init__(self, config: Config, inputs: Inputs, directory: RunDir, stop: Stop, heartbeat: Heartbeat):
         self.config, self.inputs, self.directory = config, inputs, directory
         self.log = MetricsLogger(
             directory,
@@ -46,6 +49,7 @@ class Run:
             console=config.log.console,
         )
         self.agent = make_agent(config, inputs)
+        self.agent.interrupted = stop.requested
         self.learner = Learner(
             inputs.source,
             dtype=getattr(torch, config.model.dtype),
@@ -55,9 +59,8 @@ class Run:
             loss=config.loss,
             temperature=config.rollout.temperature,
         )
-        self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
-        found = latest(directory.path / "checkpoints")
-        self.step = load_checkpoint(found, self.learner).step if found else 0
+        self.spans = TracedSpans(heartbeat, torch.cuda.synchronize if device().type == "cuda" else None)
+        self.life = Lifecycle(config, directory, self.learner, stop, heartbeat)
         self.push_weights()
 
     def __enter__(self) -> "Run":
@@ -66,10 +69,10 @@ class Run:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.log.close()
 
-    def questions(self, step: int) -> list[tuple[int, Question]]:
-        """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
+    def questions(self) -> list[tuple[int, Question]]:
+        """(group number, question) of the next step for all ranks: the training split, shuffled anew every epoch."""
         count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
-        drawn = range((step - 1) * count, step * count)
+        drawn = range(self.life.consumed, self.life.consumed + count)
         order = [shuffled(self.config.run.seed, position, size) for position in drawn]
         return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
 
@@ -88,7 +91,6 @@ class Run:
 
     def finish_step(self, step: int, record: StepRecord, metrics: dict[str, float | None]) -> None:
         """Trajectories, then metrics, then the checkpoint: a resume drops what lies behind its checkpoint."""
-        self.step = step
         with self.spans("log"):
             if rank() == 0:
                 self.directory.write_trajectories(step, record.trajectories)
@@ -96,48 +98,58 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (seconds["perf/rollout_s"] + seconds["perf/resample_s"])
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
-        self.log.log(step, metrics | seconds)
-        last, every = step == self.config.run.steps, self.config.checkpoint.every
-        if last or (every and step % every == 0):
+        try:
+            self.log.log(step, metrics | seconds)
+        except OSError as error:
+            raise cannot_write(self.directory.metrics, error) from None
+        self.life.advance(self.config.rollout.questions_per_step)
+        if self.life.save_due:
             with self.spans("checkpoint"):
-                progress = Progress(step, step * self.config.rollout.questions_per_step)
-                save_checkpoint(
-                    self.directory.path / "checkpoints", self.learner, progress, self.config.checkpoint.keep
-                )
-        if self.config.eval.every and step % self.config.eval.every == 0 and not last:
+                self.life.save()
+        if self._evaluation_due() and step < self.config.run.steps:
             with self.spans("evaluation"):
-                self.evaluate()
+                self._evaluate()
 
     def evaluate_before(self) -> None:
-        if self.step == 0 and self.config.eval.questions:
-            self.log.print(f"evaluating {self.config.model.path} on {self.config.eval.questions} held-out questions …")
+        """Evaluates the policy that the run begins with; on a resume, that of the checkpoint if a kill came before."""
+        if self._evaluation_due() and not from_rank_0(self.directory.evaluation(self.life.step).exists):
+            self.log.print(f"evaluating step {self.life.step} on {self.config.eval.questions} held-out questions …")
             with self.spans("evaluation"):
-                self.evaluate()
-
-    def evaluate(self) -> None:
-        """Evaluates the policy of this step and writes evaluation/step_000010.json."""
-        result = evaluate(self.agent, self.inputs.task, self.config, self.step)
-        if rank() == 0:
-            write_json(self.directory.evaluation(self.step), result.to_json())
-        barrier()
+                self._evaluate()
 
     def finish_run(self) -> None:
         """Exports the policy, evaluates it, shows before and after, and writes the report."""
-        export_policy(self.learner, self.inputs.source, self.directory.policy)
-        if self.config.eval.questions:
-            self.log.print("evaluating the trained policy …")
-            self.evaluate()
-        if rank() == 0:
-            from axpo.report import write_report
-
+        self.life.wait()
+        with self.spans("finish"):
+            export_policy(self.learner, self.inputs.source, self.directory.policy)
             if self.config.eval.questions:
-                self.log.print(comparison(self._before_and_after()))
-            report = write_report(self.directory.path, self.config.log.trees_in_report)
-            self.log.print(f"policy  {self.directory.policy}\nreport  {report}")
+                self.log.print("evaluating the trained policy …")
+                if not self._evaluate():
+                    return self.life.save_and_stop()
+            if rank() == 0:
+                from axpo.report import write_report
+
+                if self.config.eval.questions:
+                    self.log.print(comparison(self._before_and_after()))
+                report = write_report(self.directory.path, self.config.log.trees_in_report)
+                self.log.print(f"policy  {self.directory.policy}\nreport  {report}")
+            barrier()
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step, 0 for the policy before the run, is one to evaluate after."""
+        every = self.config.eval.every
+        return self.config.eval.questions > 0 and (self.life.step == 0 or (every > 0 and self.life.step % every == 0))
+
+    def _evaluate(self) -> bool:
+        """Writes evaluation/step_000010.json of the policy of this step; nothing and False when asked to stop."""
+        result = evaluate(self.agent, self.inputs.task, self.config, self.life.step)
+        if result is not None and rank() == 0:
+            write_json(self.directory.evaluation(self.life.step), result.to_json())
         barrier()
+        return result is not None
 
     def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
-        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.step)}
+        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.life.step)}
         return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
 
 

@@ -12,6 +12,9 @@ from axpo.config import SftConfig
 from axpo.order import shuffled
 
 if TYPE_CHECKING:
+    from axpo.heartbeat import Heartbeat
+    from axpo.rundir import RunDir
+    from axpo.stopping import Stop
     from axpo.tasks.teacher import Row
     from axpo.trajectory import Trajectory
     from axpo.tree import PackedBatch
@@ -20,64 +23,82 @@ if TYPE_CHECKING:
 def main() -> None:
     config = load_config(SftConfig, prog="axpo.sft", recipe="mini-sft")
     # After the configuration is known to be right: these take seconds to import.
-    import torch
-
     from axpo import distributed
-    from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
-    from axpo.learner import Learner
-    from axpo.metrics import MetricsLogger, Spans
+    from axpo.checkpoint_record import CheckpointError
+    from axpo.heartbeat import Heartbeat
     from axpo.paths import model_directory
-    from axpo.rundir import continue_from, open_run_dir
-    from axpo.tree import pack_trees
+    from axpo.rundir import RunDirError
+    from axpo.start import open_run
+    from axpo.stopping import Stop
+    from axpo.tasks import fingerprint, get_task
     from engine.weights import check_weights
 
-    device = distributed.device()
-    distributed.initialise(device)
+    stop = Stop(config.run.time_limit_s)
     try:
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
-        run = open_run_dir(config, rank=distributed.rank())
+        run = open_run(config, lambda: fingerprint(get_task(config.data.task)))
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
-    distributed.barrier()
-    run = continue_from(run.path)
-    dataset = TeacherData(source, config, distributed.rank(), distributed.world_size())
+    try:
+        with Heartbeat(run.ranks, "axpo.sft") as heartbeat:
+            tune(config, source, run, stop, heartbeat)
+    except (CheckpointError, RunDirError) as error:
+        exit_with("axpo.sft", error)
+    distributed.finish()
+
+
+def tune(config: SftConfig, source: Path, run: "RunDir", stop: "Stop", heartbeat: "Heartbeat") -> None:
+    """Runs to `run.steps` from wherever the run directory stands, then exports; or saves when it is asked to stop."""
+    import torch
+
+    from axpo.checkpoint import export_policy
+    from axpo.distributed import device, rank, world_size
+    from axpo.heartbeat import TracedSpans
+    from axpo.learner import Learner
+    from axpo.lifecycle import Lifecycle
+    from axpo.metrics import MetricsLogger
+    from axpo.tree import pack_trees
+
+    dataset = TeacherData(source, config, rank(), world_size())
     learner = Learner(
         source,
         dtype=getattr(torch, config.model.dtype),
-        device=device,
+        device=device(),
         optim=config.optim,
         total_steps=config.run.steps,
         scratch_seed=config.run.seed if config.sft.from_scratch else None,
     )
-    checkpoints = run.path / "checkpoints"
-    start = load_checkpoint(found, learner).step if (found := latest(checkpoints)) else 0
+    life = Lifecycle(config, run, learner, stop, heartbeat)
     log = MetricsLogger(
         run,
         steps=config.run.steps,
-        rank=distributed.rank(),
+        rank=rank(),
         tensorboard=config.log.tensorboard,
         console=config.log.console,
         columns=(("loss", "policy/loss", "{:.3f}"), ("s/step", "perf/step_s", "{:.2f}")),
     )
-    spans = Spans()
+    spans = TracedSpans(heartbeat)
     with log:
-        for step in range(start + 1, config.run.steps + 1):
+        for step in life.steps():
             with spans("data"):
                 batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens)
             with spans("train"):
                 metrics = learner.sft_step(batches)
-            if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                with spans("checkpoint"):
-                    progress = Progress(step, step * config.sft.batch_size)
-                    save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
             log.log(step, metrics | spans.metrics())
+            life.advance(config.sft.batch_size)
+            if life.save_due:
+                with spans("checkpoint"):
+                    life.save()
+            if life.stopping():
+                return life.save_and_stop()
+    life.wait()
     export_policy(learner, source, run.policy)
-    if config.sft.export and distributed.rank() == 0:
+    if config.sft.export and rank() == 0:
         for file in run.policy.iterdir():
             shutil.copy2(file, Path(config.sft.export) / file.name)
-    distributed.finish()
 
 
 class TeacherData:

@@ -9,30 +9,44 @@ from axpo.cli import exit_with, load_config
 from axpo.config import Config
 
 if TYPE_CHECKING:
+    from axpo.heartbeat import Heartbeat
     from axpo.inputs import Inputs
     from axpo.rundir import RunDir
+    from axpo.stopping import Stop
 
 
 def main() -> None:
     config = load_config(Config, prog="axpo.train", recipe="mini")
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
+    from axpo.checkpoint_record import CheckpointError
+    from axpo.heartbeat import Heartbeat
     from axpo.inputs import check_inputs
-    from axpo.rundir import continue_from, open_run_dir
+    from axpo.rundir import RunDirError
+    from axpo.start import open_run
+    from axpo.stopping import Stop
+    from axpo.tasks import fingerprint
 
-    distributed.initialise(distributed.device())
+    stop = Stop(config.run.time_limit_s)
     try:
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_inputs(config)
-        run = open_run_dir(config, rank=distributed.rank())
+        run = open_run(config, lambda: fingerprint(inputs.task))
     except (ValueError, OSError) as error:
         exit_with("axpo.train", error)
-    distributed.barrier()
-    train(config, inputs, continue_from(run.path))
+    try:
+        with Heartbeat(run.ranks, "axpo.train") as heartbeat:
+            train(config, inputs, run, stop, heartbeat)
+    except (CheckpointError, RunDirError) as error:
+        exit_with("axpo.train", error)
     distributed.finish()
 
 
-def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
-    """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports."""
+def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", heartbeat: "Heartbeat") -> None:
+    """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports.
+
+    Asked to stop, it leaves the rollouts of the step in flight, or ends its update, and saves the last whole step.
+    """
     from axpo.advantage import assign_credit
     from axpo.diagnostics import packing_metrics, rank_metrics, resample_metrics, rollout_metrics
     from axpo.distributed import gather_objects, rank, world_size
@@ -51,13 +65,15 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
     prefixes = prefix_budget(
         algo.resampling_ratio, rollout.questions_per_step, algo.group_size, algo.resamples_per_prefix
     )
-    with Run(config, inputs, directory) as state:
+    with Run(config, inputs, directory, stop, heartbeat) as state:
         agent, learner, spans = state.agent, state.learner, state.spans
         state.evaluate_before()
-        for step in range(state.step + 1, config.run.steps + 1):
+        for step in state.life.steps():
             with spans("rollout"):
-                questions = state.questions(step)[rank() :: world_size()]
+                questions = state.questions()[rank() :: world_size()]
                 branches = agent.rollouts(step, questions, algo.group_size, limits)
+                if state.life.stopping():
+                    return state.life.save_and_stop()
                 groups = [[agent.trajectory(branch, step) for branch in group] for group in branches]
 
             with spans("resample"):
@@ -75,6 +91,8 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                 continued = agent.resample(
                     step, [c for c in selected if c.source in sources], sources, algo.resamples_per_prefix, limits
                 )
+                if state.life.stopping():
+                    return state.life.save_and_stop()
                 resamples = {source: [agent.trajectory(b, step) for b in bs] for source, bs in continued.items()}
 
             with spans("credit"):
@@ -113,6 +131,8 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                     budget = prefixes * algo.resamples_per_prefix
                     metrics |= resample_metrics(record.groups, record.resamples, budget) | rank_metrics(candidates)
             state.finish_step(step, record, metrics)
+            if state.life.stopping():
+                return state.life.save_and_stop()
         state.finish_run()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from axpo.images import check_image
+from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
 
 INSTRUCTION = r"Give the final answer as <answer>\boxed{...}</answer>."
@@ -55,6 +56,12 @@ class JsonlTask:
         content = [{"type": "image"} for _ in row.images] + [{"type": "text", "text": text}]
         images = [load_image(path) for path in row.images]
         return Question(id=row.id, messages=[{"role": "user", "content": content}], images=images, answer=row.answer)
+
+    def content_hash(self, split: Split) -> str:
+        """Of every row and every image file, in the order of the rows; where the files lie does not matter."""
+        rows = self._rows[split]
+        texts = [json.dumps([row.id, row.question, row.answer, len(row.images)]) for row in rows]
+        return hash_files([path for row in rows for path in row.images], *texts)
 
 
 def read_rows(path: str | Path) -> list[Row]:
