@@ -23,6 +23,7 @@ from axpo.learner import Learner, reshard
 from axpo.random_state import get_random_state, set_random_state
 from axpo.resume import Identity
 from axpo.rundir import fsync
+from axpo.watched_files import WatchedWriter
 from engine.weights import save_pretrained
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class Checkpointer:
     def _run(self, final: Path, state: Any, random_state: Any, progress: Progress, updates: int) -> None:
         try:
             self._write(final, state, random_state, progress, updates)
-        except (Exception, CheckpointException) as error:
+        except Exception as error:
             if rank() == 0:
                 shutil.rmtree(_temporary(final), ignore_errors=True)
             free = shutil.disk_usage(self.directory).free >> 20
@@ -102,7 +103,7 @@ class Checkpointer:
     def _write(self, final: Path, state: Any, random_state: Any, progress: Progress, updates: int) -> None:
         temporary = _temporary(final)
         self._on_rank_0(lambda: _prepare(temporary))
-        save(state, checkpoint_id=temporary, process_group=self._group)
+        self._save_tensors(state, WatchedWriter(temporary))
         self._everywhere(lambda: torch.save(random_state, temporary / f"rng_rank{rank()}.pt"))
         names = self._on_rank_0(lambda: sorted(file.name for file in temporary.iterdir()))
         shares = self._everywhere(lambda: [(name, _fingerprint(temporary / name)) for name in _my_share(names)])
@@ -114,6 +115,13 @@ class Checkpointer:
             files=dict(entry for share in shares for entry in share),
         )
         self._on_rank_0(lambda: _commit(temporary, final, record, self.keep))
+
+    def _save_tensors(self, state: Any, writer: WatchedWriter) -> None:
+        try:
+            save(state, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:  # on every rank
+            self._everywhere(lambda: _raise(writer.refusal))
+            raise CheckpointError(_reason(error)) from error
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns on every rank; an error on one of them is raised on all."""
@@ -274,12 +282,18 @@ def _problem(file: Path, expected: list[int]) -> str | None:
     return None if checksum == expected[1] else f"{file}: corrupt (checksum differs)"
 
 
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 def _reason(error: BaseException) -> str:
-    """One line that ends in the operating system's own words, where it was the one to refuse."""
+    """The error in one line."""
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
-    chain = [error]
-    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
-        chain.append(below)
-    refused = next((link for link in chain if isinstance(link, OSError)), error)
-    return f"{type(refused).__name__}: {str(refused).splitlines()[0] if str(refused) else ''}"
+    text = str(error).splitlines()
+    return (
+        (text[0] if text else "")
+        if isinstance(error, CheckpointError)
+        else f"{type(error).__name__}: {''.join(text[:1])}"
+    )

@@ -30,13 +30,21 @@ class Whereabouts:
     since: float
     beat: float
 
+    @property
+    def trouble(self) -> str | None:
+        """'is dead', 'is stopped' or 'has not been heard of for 60 s'; None for a rank that runs."""
+        here = self.host == socket.gethostname()
+        if here and (state := _state(self.pid)) in ("dead", "stopped"):
+            return f"is {state}"
+        silent = time.time() - self.beat
+        return f"has not been heard of for {silent:.0f} s" if silent > 3 * BEAT_S else None
+
+    @property
     def sentence(self) -> str:
         """'rank 1 (pid 77 on node-b) is dead; it was in step 3, rollout'"""
         who, where = f"rank {self.rank} (pid {self.pid} on {self.host})", f"step {self.step}, {self.phase}"
-        if self.host == socket.gethostname() and not _runs(self.pid):
-            return f"{who} is dead; it was in {where}"
-        if (silent := time.time() - self.beat) > 3 * BEAT_S:
-            return f"{who} has not been heard of for {silent:.0f} s; it was in {where}"
+        if trouble := self.trouble:
+            return f"{who} {trouble}; it was in {where}"
         return f"{who} is in {where}, for {time.time() - self.since:.0f} s"
 
 
@@ -86,8 +94,8 @@ class Heartbeat:
         for other, found in others:
             if found is None:
                 yield f"rank {other} left no word in {self._directory}"
-            elif (found.step, found.phase) != (mine.step, mine.phase) or " is in " not in found.sentence():
-                yield found.sentence()
+            elif (found.step, found.phase) != (mine.step, mine.phase) or found.trouble:
+                yield found.sentence
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
@@ -128,9 +136,10 @@ def _read(directory: Path, rank: int) -> tuple[int, Whereabouts | None]:
         return rank, None
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process of this machine exists and is more than an exit code that nobody fetched."""
+def _state(pid: int) -> str:
+    """'runs', 'stopped', or 'dead': no process of this machine, or only an exit code that nobody fetched."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "dead"
+    return "dead" if letter in "ZX" else "stopped" if letter in "Tt" else "runs"

@@ -48,7 +48,7 @@ class Lifecycle:
     def steps(self) -> Iterator[int]:
         """The steps that are left; each must be ended by `advance`."""
         while self.step < self._config.run.steps:
-            self._heartbeat.enter("step", self.step + 1)
+            self._heartbeat.enter("bookkeeping", self.step + 1)
             yield self.step + 1
 
     def advance(self, groups: int) -> None:

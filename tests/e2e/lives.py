@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -60,12 +61,20 @@ class Lives:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, *argv: str, largest_file: int | None = None) -> Life:
+    def start(self, *argv: str, largest_file: int | None = None, **environment: object) -> Life:
         """`axpo.train` with these arguments; no file of it can grow beyond `largest_file` bytes."""
         self._count += 1
         log = self._logs / f"life_{self._count}.log"
-        answer = self.ask(argv=[str(word) for word in argv], log=str(log), largest_file=largest_file)
+        variables = {name: str(value) for name, value in environment.items()}
+        answer = self.ask(argv=list(argv), log=str(log), largest_file=largest_file, environment=variables)
         return Life(self, answer["pid"], log)
+
+    def start_ranks(self, count: int, *argv: str) -> list[Life]:
+        """One life a rank, as a launcher other than torchrun starts them."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [self.start(*argv, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)]
 
     def __enter__(self) -> "Lives":
         return self
@@ -127,6 +136,7 @@ def live(command: dict[str, Any]) -> None:
         os.dup2(ours, theirs)
     if limit := command["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.environ |= command["environment"]
     sys.argv = ["axpo.train", *command["argv"]]
     code = 1
     try:
