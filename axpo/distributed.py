@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from axpo.rendezvous import meet
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,8 @@ def initialise(device: torch.device, timeout_s: float = 1800.0) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, here, size = meet(timeout)
+        dist.init_process_group(backend, store=store, rank=here, world_size=size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address, port = (os.environ.get(name, "unset") for name in ("MASTER_ADDR", "MASTER_PORT"))
         if "EADDRINUSE" in str(error):

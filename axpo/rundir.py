@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
-import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,22 +80,22 @@ class RunDir:
         write_text(self.trajectories(step), "".join(f"{trajectory.to_json()}\n" for trajectory in trajectories))
 
 
-def open_run_dir(config: Config | SftConfig, data: Mapping[str, Any]) -> RunDir:
+def open_run_dir(config: Config | SftConfig, data: Mapping[str, Any], agents: Sequence[str] = ()) -> RunDir:
     """Make `<run.dir>/<run.name>/`, or with run.resume return to it as it was at its newest whole checkpoint.
 
     On a resume what was written for later steps is removed, since those steps are computed again: trajectories,
     evaluations, and metrics.jsonl behind the place where it ended at the checkpoint. Without any checkpoint the run
-    starts over. policy/ and report.html stay until the end of the run replaces them. A job that torchrun restarts
-    resumes without being told. One rank calls this and tells the others.
+    starts over. policy/ and report.html stay until the end of the run replaces them. One rank calls this for all.
 
     Args:
         data: the fingerprint of the training data.
+        agents: torchrun's agents of all ranks; what one of them opened before is resumed without being told to.
 
     Raises RunDirError or CheckpointError; nothing has been changed then.
     """
     run = config.run
     path, identity = Path(run.dir) / run.name, Identity.of(config, data)
-    if run.resume or restarted_into(path):
+    if run.resume or _restarted(path, agents):
         run_dir, passed_over = _resume(path, config, identity)
         for problem in passed_over:
             print(f"{problem}; continuing from step {run_dir.checkpoint_step}", file=sys.stderr, flush=True)
@@ -114,27 +114,27 @@ def open_run_dir(config: Config | SftConfig, data: Mapping[str, Any]) -> RunDir:
         except OSError as error:
             raise RunDirError(f"run directory {path} cannot be made: {error}; set --run.dir") from None
     write_text(run_dir.config, to_toml(config))
+    write_json(path / "launch.json", {"agents": list(agents)})
     for folder in ("trajectories", "checkpoints", "ranks"):
         (path / folder).mkdir(exist_ok=True)
     return run_dir
 
 
-def restarted_into(path: Path) -> bool:
-    """Whether torchrun has restarted this job, and an earlier life of the same launch opened the run directory.
+def agent() -> str | None:
+    """The torchrun process that started this one, by host, process id and start; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    parent = os.getppid()
+    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}/{parent}/{started}"
 
-    That one was opened before the launch means that the first life was refused: it had asked for no resume.
-    """
-    config = path / "config.toml"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not config.is_file():
+
+def _restarted(path: Path, agents: Sequence[str]) -> bool:
+    """Whether the run directory was opened by an earlier life of the same launch: by one of the same agents."""
+    try:
+        return not set(json.loads((path / "launch.json").read_text())["agents"]).isdisjoint(agents)
+    except (OSError, ValueError, KeyError):
         return False
-    return config.stat().st_mtime >= _start_time(os.getppid()) - 2.0  # clocks of files and processes may differ
-
-
-def _start_time(pid: int) -> float:
-    """When a process of this machine began, in seconds since the epoch."""
-    ticks = float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    up = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def write_text(path: Path, text: str) -> None:

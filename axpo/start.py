@@ -6,7 +6,7 @@ from typing import Any
 
 from axpo.config import Config, SftConfig
 from axpo.distributed import from_rank_0, gather_objects, rank
-from axpo.rundir import RunDir, RunDirError, open_run_dir
+from axpo.rundir import RunDir, RunDirError, agent, open_run_dir
 
 
 def open_run(config: Config | SftConfig, fingerprint: Callable[[], dict[str, Any]]) -> RunDir:
@@ -15,7 +15,8 @@ def open_run(config: Config | SftConfig, fingerprint: Callable[[], dict[str, Any
     Raises:
         RunDirError, CheckpointError: as `open_run_dir`; or another node does not see the directory.
     """
-    run = from_rank_0(lambda: open_run_dir(config, fingerprint()))
+    agents = sorted({one for one in gather_objects([agent()]) if one})
+    run = from_rank_0(lambda: open_run_dir(config, fingerprint(), agents))
     blind = None if run.config.is_file() else f"rank {rank()} on {socket.gethostname()}"
     if hosts := [host for host in gather_objects([blind]) if host]:
         raise RunDirError(

@@ -14,7 +14,7 @@ from axpo.checkpoint_record import STATE, CheckpointError, Progress, Record
 from axpo.cli import resolve
 from axpo.config import Config
 from axpo.resume import Identity
-from axpo.rundir import RunDir, RunDirError, open_run_dir, write_json, write_text
+from axpo.rundir import RunDir, RunDirError, agent, open_run_dir, write_json, write_text
 from axpo.trajectory import PROMPT, SAMPLED, Trajectory
 
 DATA = {"task": "mini", "questions": 20000, "sha256": "0123456789abcdef" * 4}
@@ -203,18 +203,24 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: P
     assert files(tmp_path) == before
 
 
-def test_a_restart_by_torchrun_resumes_what_its_own_launch_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """This process is the worker and its parent, which is older than the run directory, stands for torchrun."""
+def test_a_restart_by_torchrun_resumes_what_its_own_launch_began(tmp_path: Path):
     run_dir = started(tmp_path, 3, [2])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(RunDirError, match=r"exists.*--run\.resume"):
+        open_run_dir(config(tmp_path), DATA, ["node-a/7/100"])
+    assert open_run_dir(config(tmp_path, "--run.resume"), DATA, ["node-a/7/100", "node-b/9/101"]).checkpoint_step == 2
+    assert open_run_dir(config(tmp_path), DATA, ["node-b/9/101"]).checkpoint_step == 2, "rank 0 may move to node b"
+    with pytest.raises(RunDirError, match=r"exists.*--run\.resume"):
+        open_run_dir(config(tmp_path), DATA, ["node-b/9/555"])  # another launch, whose agent happens to have the pid
     with pytest.raises(RunDirError, match=r"exists.*--run\.resume"):
         open_run_dir(config(tmp_path), DATA)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert open_run_dir(config(tmp_path), DATA).checkpoint_step == 2
-    os.utime(run_dir.config, (1e9, 1e9))  # opened in 2001: what the first life was refused is not the second's
-    with pytest.raises(RunDirError, match=r"exists.*--run\.resume"):
-        open_run_dir(config(tmp_path), DATA)
-    assert open_run_dir(config(tmp_path / "new"), DATA).checkpoint_step == 0
+    assert run_dir.config.exists()
+
+
+def test_the_agent_is_torchruns_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert agent() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert agent() == agent() and f"/{os.getppid()}/" in (agent() or "")
 
 
 def test_the_written_configuration_resumes_the_run(tmp_path: Path):
