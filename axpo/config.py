@@ -98,6 +98,10 @@ class Rollout(_Section):
     top_k: CountOrOff = Field(default=0, description="top-k sampling; training needs 0 (off)")
     kv_cache_bytes: int = Field(default=2**30, ge=2**20, description="memory of the engine's paged KV cache, in bytes")
     max_batch_tokens: Count = Field(default=8192, description="tokens that one engine step computes at most")
+    overlap: bool = Field(
+        default=False,
+        description="roll the next step out while one trains, with weights one update old (one-step off-policy)",
+    )
     tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
 
     @model_validator(mode="after")
@@ -114,6 +118,34 @@ class Rollout(_Section):
                 "the context also holds the prompt and its images"
             )
         return self
+
+
+class PythonTool(_Section):
+    sandbox: Literal["bubblewrap", "none"] = Field(
+        default="bubblewrap", description="isolation of the model's code; 'none' runs it with your own rights"
+    )
+    memory_mb: int = Field(default=512, ge=64, description="memory of a trajectory's kernel, in MiB")
+    cpu_seconds: Count = Field(default=120, description="processor time of a trajectory's kernel, over all its calls")
+    max_output_chars: int = Field(default=8000, ge=100, description="printed characters of a call that the model reads")
+
+
+class SearchTool(_Section):
+    provider: Literal["local", "tavily"] = Field(
+        default="local", description="'local' ranks a folder's documents by BM25, 'tavily' asks the web"
+    )
+    path: str = Field(default="", description="provider 'local': folder of .txt, .md and .jsonl documents")
+    api_key_env: str = Field(default="TAVILY_API_KEY", description="environment variable that holds the API key")
+    base_url: str = Field(default="https://api.tavily.com", description="where the API is")
+    exclude_domains: list[str] = Field(default=["huggingface.co"], description="domains that no result may come from")
+    cache_dir: str = Field(default="", description="folder of the web's answers; empty: ~/.cache/axpo/search")
+    queries_per_minute: Count = Field(default=60, description="queries that a process sends to the web at most")
+    timeout_s: float = Field(default=20.0, gt=0.0, le=600.0, description="seconds that one attempt may take")
+    max_chars: int = Field(default=1000, ge=50, description="characters of a result's text")
+
+
+class ImageSearchTool(_Section):
+    path: str = Field(default="", description="folder of pictures, with captions beside them or in captions.json")
+    max_side: int = Field(default=1024, ge=32, description="larger pictures are shrunk to this side, in pixels")
 
 
 class Algo(_Section):
@@ -215,6 +247,9 @@ class Config(_Section):
     model: Model = Model()
     data: Data = Data()
     rollout: Rollout = Rollout()
+    python: PythonTool = PythonTool()
+    search: SearchTool = SearchTool()
+    image_search: ImageSearchTool = ImageSearchTool()
     algo: Algo = Algo()
     loss: Loss = Loss()
     optim: Optim = Optim()

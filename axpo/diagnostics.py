@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from axpo.explore import Exploration
 from axpo.resample import Candidate, all_wrong, rank_correlation, tool_using
 from axpo.trajectory import SAMPLED, Trajectory
 
@@ -55,6 +56,19 @@ def resample_metrics(groups: Groups, resamples: Mapping[str, Sequence[Trajectory
         "resample/distinct_calls": _mean(distinct),
         "resample/collapsed_rate": _mean(count == 1 for count in distinct),
         "tool/all_wrong_rate_after": (len(triggered) - len(restored)) / len(attempted) if attempted else None,
+    }
+
+
+def exploration_metrics(explored: Exploration) -> Metrics:
+    """This rank's own: seconds of rolling out and resampling, and of waiting for a tool with nothing to decode.
+
+    `resample/early_rate`: the share of continuations that began before the last rollout ended.
+    """
+    continuations = sum(map(len, explored.resamples.values()))
+    return {
+        "perf/explore_s": sum(explored.seconds),
+        "perf/tool_wait_s": explored.tool_wait_s,
+        "resample/early_rate": explored.early / continuations if continuations else None,
     }
 
 

@@ -1,6 +1,7 @@
 """The few collectives that the trainer needs; with one process each returns its input."""
 
 import os
+import pickle
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -140,3 +141,38 @@ def from_rank_0(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+class Bulletin:
+    """What ranks tell each other without waiting for each other: anybody posts, everybody reads what is there.
+
+    It lives in torchrun's key-value store, so nothing that trains (a collective) is held up. Items are picklable and
+    small. One board a topic; all ranks use the same topics, each once.
+    """
+
+    def __init__(self, topic: str):
+        self._topic = f"axpo/bulletin/{topic}"
+        self._store = shared_store()
+        self._read = 0
+
+    def post(self, item: Any) -> None:
+        number = self._store.add(f"{self._topic}/count", 1)
+        self._store.set(f"{self._topic}/{number}", pickle.dumps((rank(), item)))
+
+    def read(self) -> list[Any]:
+        """Items of other ranks that were posted since the last call, in one order for all ranks."""
+        posted = self._store.add(f"{self._topic}/count", 0)
+        new = [pickle.loads(self._store.get(f"{self._topic}/{number}")) for number in range(self._read + 1, posted + 1)]
+        self._read = posted
+        return [item for sender, item in new if sender != rank()]
+
+    def clear(self) -> None:
+        """Forgets the items, on one rank and after all have read them (behind a collective)."""
+        for number in range(1, self._store.add(f"{self._topic}/count", 0) + 1):
+            self._store.delete_key(f"{self._topic}/{number}")
+        self._store.delete_key(f"{self._topic}/count")
+
+
+def shared_store() -> Any:
+    """The key-value store of this life's ranks; nothing of an earlier life is in it."""
+    return dist.distributed_c10d._get_default_store()

@@ -70,7 +70,7 @@ def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluat
     None on every rank when the agent of any was interrupted before its questions were done.
     """
     from axpo.distributed import gather_objects, rank, world_size
-    from axpo.rollout import Limits
+    from axpo.rollout import InterruptedRollouts, Limits
 
     limits = Limits(
         max_turns=config.eval.max_turns,
@@ -84,8 +84,9 @@ def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluat
     results: list[tuple[int, QuestionResult]] = []
     for start in range(0, len(mine), _BATCH):
         questions = [(index, task.question("heldout", index)) for index in mine[start : start + _BATCH]]
-        groups = agent.rollouts(0, questions, config.eval.samples, limits)
-        if agent.interrupted():
+        try:
+            groups = agent.rollouts(0, questions, config.eval.samples, limits)
+        except InterruptedRollouts:
             break
         for branches in groups:
             rewards, used = [branch.reward for branch in branches], [bool(branch.calls) for branch in branches]

@@ -1,8 +1,9 @@
 """Checks of images that come from outside, so that a bad one is one clear message."""
 
 import warnings
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def check_image(image: Image.Image, name: str) -> None:
@@ -22,3 +23,17 @@ def check_image(image: Image.Image, name: str) -> None:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """The image as RGB, upright; ValueError when it is missing or cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            check_image(image, str(path))
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} cannot be decoded: not an image format that Pillow knows") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

@@ -11,7 +11,7 @@ from axpo.distributed import device, world_size
 from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.tasks import Task, get_task
-from axpo.tools import get_tools
+from axpo.tools import get_tools, tool_options
 from engine import LLM, Processor
 from engine.models import ModelConfig
 from engine.weights import check_weights
@@ -48,7 +48,8 @@ def check_inputs(config: Config) -> Inputs:
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
-    return Inputs(source, task, Conversation(Processor(source, model), get_tools(config.rollout.tools)))
+    tools = get_tools(config.rollout.tools, tool_options(config))
+    return Inputs(source, task, Conversation(Processor(source, model), tools))
 
 
 def make_agent(config: Config, inputs: Inputs) -> Agent:

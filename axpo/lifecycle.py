@@ -1,5 +1,7 @@
 """A run's way through its steps: from a checkpoint on, saving as it goes, to its end or to where it must stop."""
 
+import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -8,11 +10,13 @@ import torch.distributed as dist
 from axpo.checkpoint import Checkpointer, load_checkpoint
 from axpo.checkpoint_record import Progress
 from axpo.config import Config, SftConfig
-from axpo.distributed import all_reduce, cpu_group, rank
+from axpo.distributed import all_reduce, cpu_group, rank, shared_store, world_size
 from axpo.heartbeat import Heartbeat
 from axpo.learner import Learner
 from axpo.rundir import RunDir, fsync
 from axpo.stopping import Stop
+
+_STOP, _ASK_S = "axpo/stop", 0.5
 
 
 class Lifecycle:
@@ -44,6 +48,7 @@ class Lifecycle:
             progress = load_checkpoint(directory.checkpoint(directory.checkpoint_step), learner)
             self.step, self.consumed = progress.step, progress.consumed_groups
         self._saved = self.step
+        self._told, self._asked = False, -math.inf
 
     def steps(self) -> Iterator[int]:
         """The steps that are left; each must be ended by `advance`."""
@@ -68,6 +73,14 @@ class Lifecycle:
             length = self._directory.metrics.stat().st_size
         self._checkpoints.save(self._learner, Progress(self.step, self.consumed, length))
         self._saved = self.step
+
+    def interrupted(self) -> bool:
+        """Whether this rank or, as known to about a second, another one was asked to stop; no rank waits for it."""
+        if not self._told and world_size() > 1 and time.monotonic() - self._asked > _ASK_S:
+            if self._stop.requested():
+                shared_store().set(_STOP, "")
+            self._told, self._asked = shared_store().check([_STOP]), time.monotonic()
+        return self._told or self._stop.requested()
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer.

@@ -167,6 +167,12 @@ class Spans:
             if self._inner:
                 self._inner[-1] += took
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Counts this much of a span that has ended (all of it at most) to another, which was measured elsewhere."""
+        seconds = min(seconds, self._seconds[source])
+        self._seconds[source] -= seconds
+        self._seconds[target] = self._seconds.get(target, 0.0) + seconds
+
     def metrics(self) -> dict[str, float]:
         """`perf/<name>_s` of every span, `perf/other_s` the rest, `perf/step_s` their sum, since the last call."""
         if self._inner:

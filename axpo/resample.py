@@ -2,14 +2,17 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from axpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from axpo.distributed import Bulletin
 
 Rank = Literal["confidence", "entropy", "random"]
 QuestionOrder = Literal["rank", "data"]
@@ -93,29 +96,94 @@ def select_prefixes(
 
     Within a question, prefixes come by rank: ascending confidence, descending entropy, or at random; ties by rollout
     order. Questions come by the rank of their best prefix, ties by question order, or in question order ("data").
-    The result depends on the set of candidates alone, so all ranks that gathered it select the same prefixes.
+    The result depends on the set of candidates alone, so all ranks that know it select the same prefixes.
     """
-    ordered = sorted(candidates, key=lambda c: (c.group, c.rollout))
-    scores = dict(zip(ordered, _scores(ordered, rank, seed, step), strict=True))
+    scores = {c: (_score(c, rank, seed, step), c.group, c.rollout) for c in candidates}
     questions: dict[int, list[Candidate]] = {}
-    for c in sorted(ordered, key=lambda c: scores[c]):
+    for c in sorted(scores, key=scores.__getitem__):
         questions.setdefault(c.group, []).append(c)
-    by_rank = sorted(questions, key=lambda group: (scores[questions[group][0]], group))
+    by_rank = list(questions)  # in the order of their best prefixes
     queue = [questions[group] for group in (by_rank if question_order == "rank" else sorted(questions))]
     rounds = range(max(map(len, queue), default=0))
     return [question[i] for i in rounds for question in queue if i < len(question)][: max(budget, 0)]
 
 
-def _scores(ordered: Sequence[Candidate], rank: Rank, seed: int, step: int) -> list[float]:
+def _score(c: Candidate, rank: Rank, seed: int, step: int) -> float:
     """Lower is resampled sooner."""
+    if c.source == _ANY:
+        return -math.inf
     if rank == "confidence":
-        return [c.confidence for c in ordered]
+        return c.confidence
     if rank == "entropy":
-        return [-c.entropy for c in ordered]
+        return -c.entropy
     if rank == "random":
-        generator = random.Random(f"{seed}/{step}")
-        return [generator.random() for _ in ordered]
+        return random.Random(f"{seed}/{step}/{c.group}/{c.rollout}").random()
     raise ValueError(f"algo.rank = {rank!r}: choose confidence, entropy or random")
+
+
+_ANY = ""
+"""The source of a prefix that an unfinished group may still turn out to have; nothing ranks before it."""
+
+
+class PrefixBoard:
+    """Decides a step's prefixes as early as the budget rule allows, over all ranks and without a collective.
+
+    Groups finish in any order, on any rank. A candidate is *selected* once `select_prefixes` takes it even if each
+    unfinished group has as many candidates as rollouts and all of them rank first. It is *open* while it is not
+    selected, but would be if those groups had none. So no decision depends on which group was faster, and when all
+    have finished, the selected ones are `select_prefixes` of all candidates.
+
+    Args:
+        groups: question groups of the step, over all ranks, numbered from 0.
+        group_size: rollouts of a group.
+        budget: prefixes of the step, over all ranks.
+        select: `select_prefixes` with the run's rank, question order, seed and step bound.
+        bulletin: brings the other ranks' groups; None with one rank.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        group_size: int,
+        budget: int,
+        select: Callable[[Sequence[Candidate], int], list[Candidate]],
+        bulletin: "Bulletin | None" = None,
+    ):
+        self.budget = budget
+        self.candidates: list[Candidate] = []
+        self.selected: set[Candidate] = set()
+        self.open: set[Candidate] = set()
+        self._group_size = group_size
+        self._unfinished = set(range(groups))
+        self._select = select
+        self._bulletin = bulletin
+
+    def finish(self, group: int, candidates: Sequence[Candidate]) -> None:
+        """A group of this rank has ended, with these candidates (none if it is not triggered)."""
+        self._add(group, candidates)
+        if self._bulletin is not None:
+            self._bulletin.post((group, list(candidates)))
+        self._decide()
+
+    def poll(self) -> bool:
+        """Reads what other ranks have finished since the last call; True if there was something."""
+        news = self._bulletin.read() if self._bulletin is not None else []
+        for group, candidates in news:
+            self._add(group, candidates)
+        if news:
+            self._decide()
+        return bool(news)
+
+    def _add(self, group: int, candidates: Sequence[Candidate]) -> None:
+        self._unfinished.remove(group)
+        self.candidates += candidates
+
+    def _decide(self) -> None:
+        if self.budget == 0 or not self.candidates:
+            return
+        unknown = [Candidate(g, i, _ANY, 0, 0.0, 0.0) for g in self._unfinished for i in range(self._group_size)]
+        self.selected = {c for c in self._select([*self.candidates, *unknown], self.budget) if c.source != _ANY}
+        self.open = set(self._select(self.candidates, self.budget)) - self.selected
 
 
 def rank_correlation(candidates: Sequence[Candidate]) -> tuple[float, float] | None:

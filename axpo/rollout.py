@@ -1,20 +1,26 @@
 """The agent loop: rollouts and resamples think, call tools and answer, each at its own pace over one engine."""
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from PIL import Image
 
 from axpo.conversation import Conversation
 from axpo.grading import grade
-from axpo.resample import Candidate, call_uncertainty
+from axpo.resample import call_uncertainty
 from axpo.tasks import Question
-from axpo.tools import ToolResult
+from axpo.tools import Tool, ToolResult
 from axpo.tools.parse import ParsedCall
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, Status, ToolCall, Trajectory
 from engine import LLM, CompletionOutput, SamplingParams, derive_seed
 from engine import Sequence as EngineSequence
+
+_POLL_S = 0.002
+"""Between looks at what other ranks have finished, when this one has nothing to compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +56,47 @@ class Branch:
     calls: list[ToolCall] = field(default_factory=list)
     status: Status | None = None
     reward: float = 0.0
+    sessions: dict[str, Tool] = field(default_factory=dict)
+    """The tools with state that it has called; they end with the branch."""
 
     @property
     def sampled(self) -> int:
         return self.roles.count(SAMPLED)
 
+    def session(self, tool: Tool) -> Tool:
+        """The branch's own instance of a tool: what a resample calls has not seen its source's calls."""
+        if tool.name in self.sessions:
+            return self.sessions[tool.name]
+        made = tool.session()
+        if made is not tool:
+            self.sessions[tool.name] = made
+        return made
+
+    def end_sessions(self) -> None:
+        for tool in self.sessions.values():
+            tool.close()
+        self.sessions.clear()
+
     def record(self, role: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]) -> None:
         self.roles += [role] * len(logprobs)
         self.logprobs += logprobs
         self.entropies += entropies
+
+
+class Followup(Protocol):
+    """What comes after a branch: more branches, at once or later."""
+
+    def ended(self, branch: Branch) -> Sequence[Branch]:
+        """The branch has its status and its reward. Returns branches to advance as well."""
+        ...
+
+    def poll(self) -> Sequence[Branch] | None:
+        """Called between engine steps. Branches to advance as well; None when no more can come."""
+        ...
+
+
+class InterruptedRollouts(Exception):
+    """The run was asked to stop: what was rolled out of this step is given up."""
 
 
 class Agent:
@@ -74,11 +112,22 @@ class Agent:
         self.llm = llm
         self.conversation = conversation
         self.seed = seed
+        self.tool_wait_s = 0.0
         self.interrupted: Callable[[], bool] = lambda: False
-        """Asked after every engine step: rollouts return at once, unfinished, when it says so."""
+        """Asked after every engine step: rollouts end in InterruptedRollouts when it says so."""
+        self.patience_s = math.inf
+        """Longest wait for other ranks' groups, with nothing of its own to do."""
         self._pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="tool")
 
     def rollouts(
+        self, step: int, questions: Sequence[tuple[int, Question]], size: int, limits: Limits
+    ) -> list[list[Branch]]:
+        """`start`, and every rollout advanced to its end."""
+        groups = self.start(step, questions, size, limits)
+        self.advance([branch for group in groups for branch in group], limits)
+        return groups
+
+    def start(
         self, step: int, questions: Sequence[tuple[int, Question]], size: int, limits: Limits
     ) -> list[list[Branch]]:
         """`size` rollouts of every (group number, question): the prompt is computed once and forked."""
@@ -106,16 +155,30 @@ class Agent:
             ]
             root.close()
             groups.append(branches)
-        self._advance([branch for group in groups for branch in group], limits)
         return groups
 
-    def resample(
-        self, step: int, selected: Iterable[Candidate], sources: dict[str, Branch], count: int, limits: Limits
-    ) -> dict[str, list[Branch]]:
-        """`count` continuations of every selected prefix, forked from the source's KV: nothing is prefilled."""
-        continuations = {c.source: self._fork(step, sources[c.source], c.fork_token, count) for c in selected}
-        self._advance([branch for branches in continuations.values() for branch in branches], limits)
-        return continuations
+    def fork(self, step: int, source: Branch, at: int, count: int) -> list[Branch]:
+        """`count` continuations of the source's first `at` tokens, from the KV it holds: nothing is prefilled."""
+        call = source.calls[0]
+        return [
+            Branch(
+                id=f"{source.id}/r{index}",
+                group=source.group,
+                question=source.question,
+                sequence=sequence,
+                seed=derive_seed(self.seed, step, source.question.id, source.id, at, index),
+                images=list(source.question.images),  # the fork is at the first call: no tool has answered yet
+                prompt_len=source.prompt_len,
+                roles=source.roles[:at],
+                logprobs=source.logprobs[:at],
+                entropies=source.entropies[:at],
+                parent=source.id,
+                fork_token=at,
+                turn=call.turn,
+                turn_start=max(i for i in range(call.start + 1) if source.roles[i] != SAMPLED) + 1,
+            )
+            for index, sequence in enumerate(source.sequence.fork(count, at))
+        ]
 
     def close(self, branches: Iterable[Branch]) -> None:
         for branch in branches:
@@ -162,47 +225,69 @@ class Agent:
             )
         return self.llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}})
 
-    def _fork(self, step: int, source: Branch, at: int, count: int) -> list[Branch]:
-        call = source.calls[0]
-        return [
-            Branch(
-                id=f"{source.id}/r{index}",
-                group=source.group,
-                question=source.question,
-                sequence=sequence,
-                seed=derive_seed(self.seed, step, source.question.id, source.id, at, index),
-                images=list(source.question.images),  # the fork is at the first call: no tool has answered yet
-                prompt_len=source.prompt_len,
-                roles=source.roles[:at],
-                logprobs=source.logprobs[:at],
-                entropies=source.entropies[:at],
-                parent=source.id,
-                fork_token=at,
-                turn=call.turn,
-                turn_start=max(i for i in range(call.start + 1) if source.roles[i] != SAMPLED) + 1,
-            )
-            for index, sequence in enumerate(source.sequence.fork(count, at))
-        ]
+    def advance(self, branches: Iterable[Branch], limits: Limits, then: Followup | None = None) -> None:
+        """Moves every branch to its end, each at its own pace, and with them those that `then` adds.
 
-    def _advance(self, branches: list[Branch], limits: Limits) -> None:
-        """Moves every branch to its end. It waits for its own tools only, and decoding for none but inline ones."""
-        by_sequence = {id(branch.sequence): branch for branch in branches}
+        A branch waits for its own tools only, and decoding for none but inline ones.
+        """
+        active: dict[int, Branch] = {}
         tools: dict[Future[list[ToolResult]], Branch] = {}
-        for branch in branches:
-            self._submit(branch, limits)
-        while (self.llm.scheduler.has_work or tools) and not self.interrupted():
+
+        def begin(new: Iterable[Branch]) -> None:
+            for branch in new:
+                active[id(branch.sequence)] = branch
+                self._submit(branch, limits)
+                settle(branch)
+
+        def settle(branch: Branch) -> None:
+            if branch.status is not None:
+                del active[id(branch.sequence)]
+                branch.end_sessions()
+                begin(then.ended(branch) if then is not None else ())
+
+        begin(branches)
+        idle_since = math.inf
+        while True:
+            if self.interrupted():
+                raise InterruptedRollouts
             for sequence, output in self.llm.step():
-                branch = by_sequence[id(sequence)]
-                calls = self._end_turn(branch, output, limits)
-                if calls and all(call.name is None or self.conversation.inline(call.name) for call in calls):
-                    self._observe(branch, self._call_tools(branch, calls), limits)
-                elif calls:
-                    tools[self._pool.submit(self._call_tools, branch, calls)] = branch
-            idle = not self.llm.scheduler.has_work
-            done, _ = wait(tools, timeout=None if idle else 0, return_when=FIRST_COMPLETED) if tools else ((), ())
+                branch = active[id(sequence)]
+                self._turn(branch, output, limits, tools)
+                settle(branch)
             # In the order of submission, so that a batch does not depend on which thread was faster.
-            for future in [future for future in tools if future in done]:
-                self._observe(tools.pop(future), future.result(), limits)
+            for future in self._finished(tools, wait_for_one=not self.llm.scheduler.has_work):
+                branch = tools.pop(future)
+                self._observe(branch, future.result(), limits)
+                settle(branch)
+            more = then.poll() if then is not None else None
+            begin(more or ())
+            if not (self.llm.scheduler.has_work or tools):
+                if more is None:
+                    return
+                idle_since = min(idle_since, time.monotonic())
+                if time.monotonic() - idle_since > self.patience_s:
+                    raise TimeoutError(f"no word from the other ranks for run.timeout_s = {self.patience_s:g} s")
+                time.sleep(_POLL_S)
+            else:
+                idle_since = math.inf
+
+    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, tools: dict[Future, Branch]) -> None:
+        """Records a turn and calls its tools: inline ones now, others on a worker thread."""
+        calls = self._end_turn(branch, output, limits)
+        if calls and all(call.name is None or self.conversation.inline(call.name) for call in calls):
+            self._observe(branch, self._call_tools(branch, calls), limits)
+        elif calls:
+            tools[self._pool.submit(self._call_tools, branch, calls)] = branch
+
+    def _finished(self, tools: dict[Future, Branch], *, wait_for_one: bool) -> list[Future]:
+        """The calls that are done, in the order of submission."""
+        if not tools:
+            return []
+        begun = time.perf_counter()
+        done, _ = wait(tools, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
+        if wait_for_one:
+            self.tool_wait_s += time.perf_counter() - begun
+        return [future for future in tools if future in done]
 
     def _submit(self, branch: Branch, limits: Limits) -> None:
         """Queues the branch's next turn, or ends it where no token is left to sample."""
@@ -248,7 +333,7 @@ class Agent:
         for call, made in zip(calls, branch.calls[len(branch.calls) - len(calls) :], strict=True):
             if call.error is None and call.name is not None and call.arguments is not None:
                 try:
-                    result = self.conversation.tools[call.name].call(call.arguments, branch.images)
+                    result = branch.session(self.conversation.tools[call.name]).call(call.arguments, branch.images)
                 except Exception as error:  # a fault of the tool costs this call, not the run
                     result = ToolResult.failure(f"the tool {call.name} failed: {type(error).__name__}: {error}")
             else:

@@ -1,7 +1,9 @@
 """A run's state and its bookkeeping: engine, learner, clock, log, evaluations, checkpoints, the end."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -9,14 +11,16 @@ import torch
 
 from axpo.checkpoint import export_policy
 from axpo.config import Config
-from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank
+from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank, world_size
 from axpo.evaluate import Evaluation, comparison, evaluate
+from axpo.explore import Exploration, explore
 from axpo.heartbeat import Heartbeat, TracedSpans
 from axpo.inputs import Inputs, make_agent
 from axpo.learner import Learner
 from axpo.lifecycle import Lifecycle
 from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
+from axpo.rollout import InterruptedRollouts, Limits
 from axpo.rundir import RunDir, cannot_write, write_json
 from axpo.stopping import Stop
 from axpo.tasks import Question
@@ -49,7 +53,6 @@ class Run:
             console=config.log.console,
         )
         self.agent = make_agent(config, inputs)
-        self.agent.interrupted = stop.requested
         self.learner = Learner(
             inputs.source,
             dtype=getattr(torch, config.model.dtype),
@@ -61,6 +64,7 @@ class Run:
         )
         self.spans = TracedSpans(heartbeat, torch.cuda.synchronize if device().type == "cuda" else None)
         self.life = Lifecycle(config, directory, self.learner, stop, heartbeat)
+        self.agent.interrupted, self.agent.patience_s = self.life.interrupted, config.run.timeout_s
         self.push_weights()
 
     def __enter__(self) -> "Run":
@@ -69,16 +73,42 @@ class Run:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.log.close()
 
-    def questions(self) -> list[tuple[int, Question]]:
-        """(group number, question) of the next step for all ranks: the training split, shuffled anew every epoch."""
+    def questions(self, step: int) -> list[tuple[int, Question]]:
+        """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
         count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
-        drawn = range(self.life.consumed, self.life.consumed + count)
+        ahead = (step - self.life.step - 1) * count  # 0, or with rollout.overlap the groups of the step in training
+        drawn = range(self.life.consumed + ahead, self.life.consumed + ahead + count)
         order = [shuffled(self.config.run.seed, position, size) for position in drawn]
         return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
 
+    def explore(self, step: int) -> Exploration:
+        """This rank's share of the step's questions, rolled out and resampled."""
+        rollout = self.config.rollout
+        limits = Limits(
+            max_turns=rollout.max_turns,
+            max_new_tokens=rollout.max_new_tokens,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+        )
+        questions = self.questions(step)
+        mine = questions[rank() :: world_size()]
+        return explore(self.agent, step, mine, len(questions), limits, self.config.algo, self.config.run.seed)
+
+    def unless_stopped(self, explore: Callable[[int], Exploration], step: int) -> Exploration | None:
+        """What `explore` returns; None on every rank when any was asked to stop, before it or in it."""
+        explored = None
+        with suppress(InterruptedRollouts):
+            explored = explore(step)
+        return None if self.life.stopping() else explored
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the engine is wanted for something else than step + 1."""
+        every = self.config.eval.every
+        return step == self.config.run.steps or bool(every and step % every == 0)
+
     def push_weights(self) -> None:
         """The trained weights become the engine's."""
-        push_weights(self.learner.model, self.agent.llm.model)
+        push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
         self.agent.llm.weights_updated()
 
     def gather(self, groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]]) -> StepRecord:
@@ -96,7 +126,7 @@ class Run:
                 self.directory.write_trajectories(step, record.trajectories)
         seconds = self.spans.metrics()
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
-        metrics["perf/rollout_tokens_per_s"] = sampled / (seconds["perf/rollout_s"] + seconds["perf/resample_s"])
+        metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
         try:
             self.log.log(step, metrics | seconds)

@@ -45,55 +45,34 @@ def main() -> None:
 def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", heartbeat: "Heartbeat") -> None:
     """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports.
 
-    Asked to stop, it leaves the rollouts of the step in flight, or ends its update, and saves the last whole step.
+    Asked to stop, it gives up the rollouts of the step in flight, or ends its update, and saves the last whole step.
     """
     from axpo.advantage import assign_credit
-    from axpo.diagnostics import packing_metrics, rank_metrics, resample_metrics, rollout_metrics
-    from axpo.distributed import gather_objects, rank, world_size
-    from axpo.resample import find_candidates, prefix_budget, select_prefixes
-    from axpo.rollout import Limits
+    from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
+    from axpo.distributed import gather_objects
+    from axpo.explore import StepAhead
+    from axpo.resample import find_candidates
     from axpo.run import Run
     from axpo.tree import build_trees, pack_trees
 
-    algo, rollout = config.algo, config.rollout
-    limits = Limits(
-        max_turns=rollout.max_turns,
-        max_new_tokens=rollout.max_new_tokens,
-        max_tokens=rollout.max_tokens,
-        temperature=rollout.temperature,
-    )
-    prefixes = prefix_budget(
-        algo.resampling_ratio, rollout.questions_per_step, algo.group_size, algo.resamples_per_prefix
-    )
-    with Run(config, inputs, directory, stop, heartbeat) as state:
-        agent, learner, spans = state.agent, state.learner, state.spans
+    algo = config.algo
+    with Run(config, inputs, directory, stop, heartbeat) as state, StepAhead(state.explore) as ahead:
+        learner, spans = state.learner, state.spans
         state.evaluate_before()
         for step in state.life.steps():
             with spans("rollout"):
-                questions = state.questions()[rank() :: world_size()]
-                branches = agent.rollouts(step, questions, algo.group_size, limits)
-                if state.life.stopping():
+                # Rollouts; all-wrong tool-using subgroups; the least confident call of each, breadth before depth;
+                # continuations of it. Each starts as soon as it can.
+                explored = state.unless_stopped(ahead.result, step)
+                if explored is None:
                     return state.life.save_and_stop()
-                groups = [[agent.trajectory(branch, step) for branch in group] for group in branches]
+                groups, resamples = explored.groups, explored.resamples
+            spans.move("rollout", "resample", explored.seconds[1])
 
-            with spans("resample"):
-                # All-wrong tool-using subgroups, over all ranks; the least confident call first, breadth before depth.
-                candidates = gather_objects(find_candidates(groups))
-                selected = select_prefixes(
-                    candidates,
-                    prefixes,
-                    rank=algo.rank,
-                    question_order=algo.question_order,
-                    seed=config.run.seed,
-                    step=step,
-                )
-                sources = {branch.id: branch for group in branches for branch in group}
-                continued = agent.resample(
-                    step, [c for c in selected if c.source in sources], sources, algo.resamples_per_prefix, limits
-                )
-                if state.life.stopping():
-                    return state.life.save_and_stop()
-                resamples = {source: [agent.trajectory(b, step) for b in bs] for source, bs in continued.items()}
+            if config.rollout.overlap and not state.evaluates_after(step):
+                with spans("weights"):
+                    state.push_weights()  # of the update before this one
+                ahead.begin(step + 1)
 
             with spans("credit"):
                 assign_credit(
@@ -103,7 +82,6 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     prefix_reward=algo.prefix_reward,
                     mask_failed_suffix=algo.mask_failed_suffix,
                 )
-                agent.close([*sources.values(), *(b for bs in continued.values() for b in bs)])
 
             with spans("train"):
                 trees = [
@@ -112,7 +90,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     for tree in build_trees(
                         group,
                         resamples,
-                        agent.llm.config.image_token_id,
+                        learner.config.image_token_id,
                         aggregation=config.loss.aggregation,
                         budget=config.train.micro_batch_tokens,
                     )
@@ -120,16 +98,19 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                 batches = pack_trees(trees, config.train.micro_batch_tokens)
                 metrics = learner.step(batches)
 
-            with spans("weights"):
-                state.push_weights()
+            if not ahead.running:
+                with spans("weights"):
+                    state.push_weights()
 
             with spans("log"):
                 record = state.gather(groups, resamples)
                 packed = sum(gather_objects([batch.num_tokens for batch in batches]))
                 metrics |= rollout_metrics(record.groups) | packing_metrics(record.trajectories, packed)
-                if prefixes:
-                    budget = prefixes * algo.resamples_per_prefix
-                    metrics |= resample_metrics(record.groups, record.resamples, budget) | rank_metrics(candidates)
+                if explored.budget:
+                    candidates = gather_objects(find_candidates(groups))
+                    metrics |= resample_metrics(record.groups, record.resamples, explored.budget)
+                    metrics |= rank_metrics(candidates)
+                metrics |= exploration_metrics(explored)
             state.finish_step(step, record, metrics)
             if state.life.stopping():
                 return state.life.save_and_stop()

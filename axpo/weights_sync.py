@@ -20,12 +20,12 @@ class SyncResult:
     aliased: bool
 
 
-def push_weights(trainer: nn.Module, engine: nn.Module) -> SyncResult:
+def push_weights(trainer: nn.Module, engine: nn.Module, alias: bool = True) -> SyncResult:
     """Makes the engine's parameters equal the trainer's, cast to the engine's dtype; every rank calls it.
 
-    With one rank and equal dtypes the engine's parameters become views of the trainer's storage, so that an optimizer
-    step is seen without a copy; later calls only check that this still holds. Otherwise one layer at a time is
-    gathered, copied into the engine's own storage, whose addresses stay, and released. The caller tells the engine
+    With `alias`, one rank and equal dtypes the engine's parameters become views of the trainer's storage, so that an
+    optimizer step is seen without a copy; later calls only check that this still holds. Otherwise one layer at a time
+    is gathered, copied into the engine's own storage, whose addresses stay, and released. The caller tells the engine
     (`llm.weights_updated()`), whose caches are keyed by the version of the weights.
 
     Raises:
@@ -35,9 +35,13 @@ def push_weights(trainer: nn.Module, engine: nn.Module) -> SyncResult:
     source, target = dict(trainer.named_parameters()), dict(engine.named_parameters())
     if source.keys() != target.keys():
         raise ValueError(f"trainer and engine differ in parameters {sorted(source.keys() ^ target.keys())[:3]}")
-    alias = world_size() == 1 and all(
-        parameter.dtype == target[name].dtype and parameter.device == target[name].device
-        for name, parameter in source.items()
+    alias = (
+        alias
+        and world_size() == 1
+        and all(
+            parameter.dtype == target[name].dtype and parameter.device == target[name].device
+            for name, parameter in source.items()
+        )
     )
     if alias:
         for name, parameter in source.items():

@@ -8,13 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from axpo.images import load_image
 from axpo.paths import model_directory
 from axpo.report.branches import Branch, Source, plain_branch, source_branch
 from axpo.report.choice import Group
 from axpo.report.data import Run, read_trajectories
 from axpo.report.pictures import SCENE_SIDE, Box, Picture, Rect, embed, overview, scene
 from axpo.tasks import Question, get_task
-from axpo.tasks.jsonl import INSTRUCTION, load_image
+from axpo.tasks.jsonl import INSTRUCTION
 from axpo.tools import Tool, get_tools
 from axpo.trajectory import Trajectory
 
@@ -93,11 +94,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _tools(run: Run) -> dict[str, Tool]:
-    """The run's tools, as far as this version knows them."""
-    try:
-        return get_tools(run.setting("rollout.tools", ["image_zoom_in"]))
-    except (ValueError, TypeError):
-        return get_tools(["image_zoom_in"])
+    """The run's tools whose pictures can be made again by calling them; the others ran once, in the run."""
+    return get_tools(name for name in run.setting("rollout.tools", ["image_zoom_in"]) if name == "image_zoom_in")
 
 
 def _seen_size(run: Run) -> tuple[int, int] | None:

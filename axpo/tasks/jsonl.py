@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from axpo.images import check_image
+from axpo.images import load_image
 from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
 
@@ -89,20 +87,6 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise JsonlError(f"{path}: no rows; each line is a JSON object with {', '.join(_FIELDS)}")
     return rows
-
-
-def load_image(path: Path) -> Image.Image:
-    """The image as RGB, upright; ValueError when it is missing or cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            check_image(image, str(path))
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be decoded: not an image format that Pillow knows") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _row(line: str, folder: Path) -> tuple[Row | None, list[str]]:

@@ -1,15 +1,19 @@
 """Tools that the policy may call. `get_tools(["image_zoom_in"])` makes them; `Tool` is what a new one derives from."""
 
+import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from PIL import Image
+
+if TYPE_CHECKING:
+    from axpo.config import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +102,49 @@ _RULES = {
 def get_tools(names: Iterable[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Tool]:
     """Makes tools by name, in the order given; `options[name]` are keyword arguments of that tool's constructor.
 
+    A name of ours, or "package.module:Class" for a tool of your own, which derives from `Tool`.
+
     Raises:
-        ValueError: no such tool, or a name given twice.
+        ValueError: no such tool, two of one name, or a tool that cannot work on this machine.
     """
     tools: dict[str, Tool] = {}
     for name in names:
-        if name not in _TOOLS:
-            raise ValueError(f"unknown tool {name!r}; there is: {', '.join(sorted(_TOOLS))}")
-        if name in tools:
-            raise ValueError(f"tool {name!r} is named twice")
-        tools[name] = _TOOLS[name](**(options or {}).get(name, {}))
+        tool = tool_class(name)(**(options or {}).get(name, {}))
+        if tool.name in tools:
+            raise ValueError(f"rollout.tools: two tools are called {tool.name!r}")
+        tools[tool.name] = tool
     return tools
 
 
-def _image_zoom_in(**options: Any) -> Tool:
-    from axpo.tools.image_zoom_in import ImageZoomIn
+def tool_class(name: str) -> type[Tool]:
+    """The class behind a name or an import path; ValueError when there is none."""
+    path = TOOLS.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        known = ", ".join(sorted(TOOLS))
+        raise ValueError(f"rollout.tools: no tool {name!r}; there is: {known}; your own: 'package.module:Class'")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"rollout.tools: {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Tool)):
+        raise ValueError(f"rollout.tools: {name!r} is not a class that derives from axpo.tools.Tool")
+    return found
 
-    return ImageZoomIn(**options)
+
+def tool_options(config: "Config") -> dict[str, dict[str, Any]]:
+    """What a run's configuration says of its tools, as `get_tools` takes it."""
+    return {
+        "python": config.python.model_dump(),
+        "tavily-search": config.search.model_dump(),
+        "image_search": config.image_search.model_dump(),
+    }
 
 
-_TOOLS: dict[str, Callable[..., Tool]] = {"image_zoom_in": _image_zoom_in}
+TOOLS = {
+    "image_zoom_in": "axpo.tools.image_zoom_in:ImageZoomIn",
+    "image_search": "axpo.tools.image_search:ImageSearch",
+    "python": "axpo.tools.python:Python",
+    "tavily-search": "axpo.tools.search:Search",
+}
+"""Where a tool's class is, by its name; imported when it is wanted."""

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from axpo.resample import (
     Candidate,
+    PrefixBoard,
     all_wrong,
     find_candidates,
     prefix_budget,
@@ -71,6 +73,42 @@ def test_breadth_first_within_budget(pool, budget, rank, seed, shuffle):
     shuffled = list(candidates)
     shuffle.shuffle(shuffled)
     assert select_prefixes(shuffled, budget, rank=rank, seed=seed, step=3) == selected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pools,
+    st.integers(0, 12),
+    st.sampled_from(["confidence", "entropy", "random"]),
+    st.sampled_from(["rank", "data"]),
+    st.permutations(range(6)),
+)
+def test_a_board_decides_early_what_the_rule_decides_late(pool, budget, rank, question_order, finished):
+    """Whatever the order in which groups end: nothing is taken back, and at the end it is the rule's selection."""
+    candidates = make(pool)
+    select = partial(select_prefixes, rank=rank, question_order=question_order, seed=1, step=2)
+    final = set(select(candidates, budget))
+    board = PrefixBoard(6, 14, budget, select)
+    before: set[Candidate] = set()
+    for group in finished:
+        board.finish(group, [c for c in candidates if c.group == group])
+        assert before <= board.selected <= final and not board.selected & board.open
+        known = {c for c in board.candidates if c in final}
+        assert known <= board.selected | board.open, "a prefix was given up that the rule selects"
+        before = set(board.selected)
+    assert board.selected == final and not board.open
+
+
+def test_a_board_does_not_wait_for_a_group_that_cannot_matter():
+    """Two prefixes to give and two groups left: the best candidate so far may go only when one of them has ended."""
+    first, second = make([(0, 0.2, 0.0), (1, 0.5, 0.0)])
+    board = PrefixBoard(4, 8, 3, select_prefixes)
+    board.finish(0, [first])
+    assert board.selected == set() and board.open == {first}
+    board.finish(1, [second])
+    assert board.selected == {first} and board.open == {second}
+    board.finish(2, [])
+    assert board.selected == {first, second} and not board.open
 
 
 def test_random_rank_depends_on_seed_and_step():

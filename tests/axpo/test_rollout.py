@@ -139,7 +139,8 @@ def test_resampling_prefills_nothing(agent: Agent, questions: list) -> None:
     sources = {branch.id: branch for group in groups for branch in group}
     encoded = agent.llm.stats()["images_encoded"]
     before = agent.llm.stats()["prefill_tokens"]
-    resamples = agent.resample(1, candidates, sources, 4, LIMITS)
+    resamples = {c.source: agent.fork(1, sources[c.source], c.fork_token, 4) for c in candidates}
+    agent.advance([branch for some in resamples.values() for branch in some], LIMITS)
     branches = [branch for some in resamples.values() for branch in some]
     observed = sum(b.roles[b.fork_token or 0 :].count(OBSERVATION) for b in branches)
     # All that is not decoded are the observations of the resamples' own calls, and the <|im_end|> before each.

@@ -5,7 +5,8 @@ import math
 import random
 import struct
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -237,9 +238,31 @@ def test_tools_come_by_name_in_order_with_their_options() -> None:
 
 
 def test_unknown_and_repeated_names_and_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown tool 'image_zoom'; there is: .*image_zoom_in"):
+    with pytest.raises(ValueError, match=r"no tool 'image_zoom'; there is: .*image_zoom_in"):
         get_tools(["image_zoom"])
-    with pytest.raises(ValueError, match="'image_zoom_in' is named twice"):
+    with pytest.raises(ValueError, match="two tools are called 'image_zoom_in'"):
         get_tools(["image_zoom_in", "image_zoom_in"])
     with pytest.raises(ValueError, match="min_side is 0"):
         get_tools(["image_zoom_in"], {"image_zoom_in": {"min_side": 0}})
+
+
+def test_a_tool_of_your_own_comes_by_its_import_path() -> None:
+    tools = get_tools(["image_zoom_in", "tests.axpo.test_tools:Shout"])
+    assert list(tools) == ["image_zoom_in", "shout"]
+    assert tools["shout"].call({"text": "hey"}, []).text == "HEY"
+    for name, told in (
+        ("tests.axpo.nowhere:Shout", "cannot be imported"),
+        ("tests.axpo.test_tools:Whisper", "cannot be imported"),
+        ("tests.axpo.test_tools:noise", "not a class that derives from axpo.tools.Tool"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            get_tools([name])
+
+
+class Shout(Tool):
+    name = "shout"
+    description = "Says it louder."
+    parameters: ClassVar = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+
+    def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
+        return ToolResult(True, arguments["text"].upper())

@@ -1,7 +1,7 @@
 """kill -9 at random instants of a real run, which must end as the undisturbed one, bit for bit.
 
-`python -m tests.e2e.kill [--kills 20] [--seed N]` prints where each kill landed: they aim at rollout, resampling,
-training and the writing of a checkpoint in turn. Every other four lives write checkpoints asynchronously.
+`python -m tests.e2e.kill [--kills 20] [--seed N]` prints where each kill landed: they aim at the rollouts (with
+resampling in them), the update and the writing of a checkpoint in turn. Every other three lives write checkpoints asynchronously.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.e2e.lives import Life, Lives
 from tests.e2e.runs import metrics, without_time
 
-AIMS = ("rollout", "resample", "train", "checkpoint")
+AIMS = ("rollout", "train", "checkpoint")
 TINY = {
     "rollout.questions_per_step": 4,
     "rollout.max_new_tokens": 64,

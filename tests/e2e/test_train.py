@@ -146,6 +146,19 @@ def test_two_ranks_have_the_losses_of_one(runs: Path, whole: Path) -> None:
         assert trajectory.advantages == second[name].advantages, name
 
 
+def test_overlap_rolls_out_with_weights_one_update_old(runs: Path) -> None:
+    """Step 2 is sampled before update 1 is seen: as if there had been none. Step 3 is after the evaluation: fresh."""
+    evaluated = {"eval__questions": 4, "eval__samples": 1, "eval__every": 2}
+    small = {"rollout__questions_per_step": 4, "algo__group_size": 4}
+    ahead = train(runs, "ahead", 3, rollout__overlap=True, optim__lr=1e-2, **small, **evaluated)
+    frozen = train(runs, "frozen", 2, optim__lr=1e-30, **small)
+    for step in (1, 2):
+        assert [t.tokens for t in trajectories(ahead, step)] == [t.tokens for t in trajectories(frozen, step)]
+    rows = metrics(ahead)
+    assert rows[0]["mismatch/logprob_diff_max"] < 1e-4 and rows[2]["mismatch/logprob_diff_max"] < 1e-4
+    assert rows[1]["mismatch/logprob_diff_max"] > 1e-2, "update 1 moved nothing, so this shows nothing"
+
+
 def test_without_budget_axpo_is_grpo_bit_for_bit(runs: Path) -> None:
     axpo = train(runs, "no-budget", 2, algo__budget_ratio=0)
     grpo = train(runs, "grpo", 2, algo__name="grpo")
