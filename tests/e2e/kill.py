@@ -1,7 +1,7 @@
 """kill -9 at random instants of a real run, which must end as the undisturbed one, bit for bit.
 
-`python -m tests.e2e.kill [--kills 20] [--seed N]` prints where each kill landed: they aim at the rollouts (with
-resampling in them), the update and the writing of a checkpoint in turn. Every other three lives write checkpoints asynchronously.
+`python -m tests.e2e.kill [--kills 20] [--seed N]` prints where each kill landed: they aim in turn at the rollouts
+(resampling is in them), the update and the writing of a checkpoint. Every other three lives write asynchronously.
 """
 
 import argparse
