@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from axpo.checkpoint_record import STATE, CheckpointError, Progress, Record, newest, step_of
 from axpo.distributed import barrier, cpu_group, gather_objects, rank, world_size
-from axpo.learner import Learner, reshard
+from axpo.learner import Learner
 from axpo.random_state import get_random_state, set_random_state
 from axpo.resume import Identity
 from axpo.rundir import fsync
+from axpo.sharding import reshard
 from axpo.watched_files import WatchedWriter
 from engine.weights import save_pretrained
 

@@ -102,6 +102,10 @@ class Rollout(_Section):
         default=False,
         description="roll the next step out while one trains, with weights one update old (one-step off-policy)",
     )
+    sleep_in_training: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="give the KV cache's memory to training and take it again after; auto: on a GPU, without overlap",
+    )
     tools: list[str] = Field(default=["image_zoom_in"], description="tools offered to the model; none: []")
 
     @model_validator(mode="after")
@@ -116,6 +120,11 @@ class Rollout(_Section):
             raise ValueError(
                 f"rollout.max_new_tokens = {self.max_new_tokens}: not below rollout.max_tokens = {self.max_tokens}: "
                 "the context also holds the prompt and its images"
+            )
+        if self.overlap and self.sleep_in_training == "always":
+            raise ValueError(
+                "rollout.sleep_in_training = 'always': under rollout.overlap the engine works while training does; "
+                "set it to 'auto' or 'never'"
             )
         return self
 
@@ -148,6 +157,21 @@ class ImageSearchTool(_Section):
     max_side: int = Field(default=1024, ge=32, description="larger pictures are shrunk to this side, in pixels")
 
 
+class JudgeOptions(_Section):
+    base_url: str = Field(default="", description="OpenAI-compatible API of the judge, up to /v1; empty: no judge")
+    model: str = Field(default="", description="the judge's model, as its service calls it")
+    api_key_env: str = Field(default="", description="environment variable that holds the judge's API key")
+    max_calls: Count = Field(default=10_000, description="calls that a process may pay; known verdicts are free")
+    cache_dir: str = Field(default="", description="folder of known verdicts; empty: ~/.cache/axpo/judge")
+    timeout_s: float = Field(default=30.0, gt=0.0, le=600.0, description="seconds that one verdict may take")
+
+    @model_validator(mode="after")
+    def _a_service_has_a_model(self) -> JudgeOptions:
+        if self.base_url and not self.model:
+            raise ValueError("judge.model = '': judge.base_url needs the name of a model; set judge.model")
+        return self
+
+
 class Algo(_Section):
     name: Literal["grpo", "axpo"] = Field(default="axpo", description="grpo: no resampling; axpo: with it")
     group_size: int = Field(default=8, ge=2, description="rollouts N of a question")
@@ -177,6 +201,22 @@ class Algo(_Section):
         default=1e-6, gt=0.0, le=1.0, description="added to the sample standard deviation of a group"
     )
 
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        default="group",
+        description="centred rewards are divided by the standard deviation of their group, of the whole step, or not",
+    )
+    drop_equal_groups: bool = Field(
+        default=False,
+        description="after resampling, leave out rollouts of a question, or of a prefix, whose advantages are all 0",
+    )
+    overlong_buffer: CountOrOff = Field(
+        default=0,
+        description="last tokens of rollout.max_new_tokens over which a reward is lowered; 0 is off",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, gt=0.0, le=100.0, description="by how much the reward of a trajectory of full length is lowered"
+    )
+
     @property
     def resampling_ratio(self) -> float:
         """`budget_ratio`, or 0 under grpo."""
@@ -184,8 +224,12 @@ class Algo(_Section):
 
 
 class Loss(_Section):
+    objective: Literal["clip", "gspo", "cispo"] = Field(
+        default="clip",
+        description="clipped surrogate with a ratio a token or a sequence (gspo), or capped weights on log π (cispo)",
+    )
     clip_low: float = Field(
-        default=0.2, gt=0.0, lt=1.0, description="the probability ratio is clipped below 1 − clip_low"
+        default=0.2, gt=0.0, le=1.0, description="the probability ratio is clipped below 1 − clip_low; 1 is off"
     )
     clip_high: float = Field(
         default=0.4, gt=0.0, le=100.0, description="the probability ratio is clipped above 1 + clip_high"
@@ -193,9 +237,32 @@ class Loss(_Section):
     kl_coef: float = Field(
         default=1e-3, ge=0.0, le=100.0, description="weight β of the KL to the fixed reference; 0 is off"
     )
-    aggregation: Literal["token", "sequence"] = Field(
-        default="token", description="mean over all trained tokens of the step, or over the means of its trajectories"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="estimator of the KL; k1 has the gradient of k2, its own would not see the reference"
     )
+    entropy_coef: float = Field(
+        default=0.0, ge=-10.0, le=10.0, description="weight of the exact entropy, which is added to what is maximised"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        default="token",
+        description="mean over all trained tokens of the step, over the means of its trajectories, or over their sums "
+        "divided by rollout.max_new_tokens",
+    )
+    tis: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        default="off",
+        description="importance weight trainer/sampler on the surrogate, of a token or a sequence, cut off at tis_cap "
+        "or masked outside of 1/tis_cap to tis_cap",
+    )
+    tis_cap: float = Field(default=2.0, gt=1.0, le=1e6, description="largest importance weight of loss.tis")
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Loss:
+        if self.objective == "gspo" and self.aggregation != "sequence":
+            raise ValueError(
+                f"loss.aggregation = {self.aggregation!r}: loss.objective 'gspo' is a mean over sequences; set it to "
+                "'sequence'"
+            )
+        return self
 
 
 class Optim(_Section):
@@ -214,6 +281,42 @@ class Train(_Section):
     micro_batch_tokens: Count = Field(
         default=8192, description="packed tokens of one forward and backward pass on a rank"
     )
+    replicas: Count = Field(
+        default=1,
+        description="whole copies of the sharded model, each over consecutive ranks (HSDP); the number of nodes keeps "
+        "gathers inside a node; 1: shards over all ranks",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again: nothing, all but matrix products and attention, everything",
+    )
+    freeze_vision: bool = Field(default=False, description="do not train the vision tower")
+    optimizer_offload: bool = Field(
+        default=False, description="keep the optimizer's moments in host memory between steps"
+    )
+    reference_offload: bool = Field(
+        default=False, description="keep the reference policy's shards in host memory (loss.kl_coef above 0)"
+    )
+    updates_per_batch: Count = Field(
+        default=1, description="optimizer updates of a step; with several the trainer scores π_old before the first"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="only algorithms that give the same bits in every run, or an error (docs/objectives.md)",
+    )
+    minibatches: Count = Field(
+        default=1, description="equal parts of the step's questions, of which each update takes the next"
+    )
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> Train:
+        if self.updates_per_batch % self.minibatches:
+            raise ValueError(
+                f"train.updates_per_batch = {self.updates_per_batch}: not a multiple of train.minibatches = "
+                f"{self.minibatches}, so that some questions would be trained on more often; set it to "
+                f"{self.minibatches} for one update each"
+            )
+        return self
 
 
 class Checkpoint(_Section):
@@ -240,6 +343,13 @@ class Log(_Section):
     trees_in_report: CountOrOff = Field(default=8, description="question trees drawn in report.html")
 
 
+class Debug(_Section):
+    replay: str = Field(
+        default="",
+        description="<run>/debug/step_…: make this kept update again, look for the first NaN or infinity, and exit",
+    )
+
+
 class Config(_Section):
     """A reinforcement learning run (axpo.train)."""
 
@@ -250,6 +360,7 @@ class Config(_Section):
     python: PythonTool = PythonTool()
     search: SearchTool = SearchTool()
     image_search: ImageSearchTool = ImageSearchTool()
+    judge: JudgeOptions = JudgeOptions()
     algo: Algo = Algo()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -257,6 +368,21 @@ class Config(_Section):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     log: Log = Log()
+    debug: Debug = Debug()
+
+    @model_validator(mode="after")
+    def _fits_the_step(self) -> Config:
+        if self.algo.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algo.overlong_buffer = {self.algo.overlong_buffer}: more than rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens}; set it to a part of that"
+            )
+        if self.rollout.questions_per_step % self.train.minibatches:
+            raise ValueError(
+                f"train.minibatches = {self.train.minibatches}: does not divide rollout.questions_per_step = "
+                f"{self.rollout.questions_per_step} into equal parts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heldout_rows(self) -> Config:
@@ -295,6 +421,15 @@ class SftConfig(_Section):
     log: Log = Log()
 
     @model_validator(mode="after")
+    def _one_update(self) -> SftConfig:
+        if self.train.updates_per_batch > 1:
+            raise ValueError(
+                f"train.updates_per_batch = {self.train.updates_per_batch}: axpo.sft makes one update a step; set it "
+                "to 1 and sft.batch_size to what an update shall see"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _task_has_a_teacher(self) -> SftConfig:
         if self.data.task != "mini":
             raise ValueError(f"data.task = {self.data.task!r}: only 'mini' has a teacher to learn from")
@@ -302,8 +437,10 @@ class SftConfig(_Section):
 
 
 def to_toml(config: BaseModel) -> str:
-    """The resolved configuration as TOML that `axpo.train` reads back; run.resume is always false in it."""
+    """The resolved configuration as TOML that `axpo.train` reads back; run.resume and debug.replay are off in it."""
     sections: dict[str, dict[str, Any]] = config.model_dump(mode="json")
     if "run" in sections:
         sections["run"]["resume"] = False
+    if "debug" in sections:
+        sections["debug"]["replay"] = ""
     return tomli_w.dumps(sections)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 from axpo.explore import Exploration
 from axpo.resample import Candidate, all_wrong, rank_correlation, tool_using
@@ -24,6 +25,7 @@ def rollout_metrics(groups: Groups) -> Metrics:
     return {
         "reward/mean": _mean(rollout.reward for rollout in rollouts),
         "reward/zero_std_fraction": _mean(len({rollout.reward for rollout in group}) == 1 for group in groups),
+        "reward/ungraded_rate": _mean(rollout.grade_error is not None for rollout in rollouts),
         "tool/rate": len(with_tool) / len(rollouts),
         "tool/accuracy": _mean(rollout.correct for rollout in with_tool),
         "no_tool/accuracy": _mean(rollout.correct for rollout in without),
@@ -35,6 +37,7 @@ def rollout_metrics(groups: Groups) -> Metrics:
         "length/sampled_tokens": _mean(rollout.roles.count(SAMPLED) for rollout in rollouts),
         "length/cut_rate": _mean(rollout.status == "length" for rollout in rollouts),
         "length/turn_limit_rate": _mean(rollout.status == "turn_limit" for rollout in rollouts),
+        "credit/untrained_groups": float(sum(not _trained(group) for group in groups)),
         **{f"tool_histogram/{count}": float(counts[count]) for count in range(size + 1)},
     }
 
@@ -55,6 +58,7 @@ def resample_metrics(groups: Groups, resamples: Mapping[str, Sequence[Trajectory
         "resample/success_rate": _mean(continuation.correct for continuation in continuations),
         "resample/distinct_calls": _mean(distinct),
         "resample/collapsed_rate": _mean(count == 1 for count in distinct),
+        "credit/untrained_prefixes": float(sum(not _trained(branches) for branches in resamples.values())),
         "tool/all_wrong_rate_after": (len(triggered) - len(restored)) / len(attempted) if attempted else None,
     }
 
@@ -78,10 +82,32 @@ def rank_metrics(candidates: Sequence[Candidate]) -> Metrics:
     return {"rank/pearson": pearson, "rank/spearman": spearman}
 
 
-def packing_metrics(trajectories: Sequence[Trajectory], packed_tokens: int) -> Metrics:
-    """`shared_saving`: the share of tokens that packing each trained path alone would have computed on top."""
+def packing_metrics(
+    trajectories: Sequence[Trajectory], micro_batches: Sequence[Sequence[tuple[int, float]]], budget: int
+) -> Metrics:
+    """How well the step was packed. micro_batches: of each rank, (tokens, operations) of each.
+
+    shared_saving: the share of tokens that packing each trained path alone would have computed on top. efficiency: of
+    the token budget of all micro-batches, what they hold. idle_fraction: of the ranks' time in training, what they wait
+    for others, as counted in operations: micro-batch i of all ranks runs at the same time.
+    """
     alone = sum(len(trajectory.tokens) for trajectory in trajectories if any(trajectory.loss_mask))
-    return {"pack/tokens": float(packed_tokens), "pack/shared_saving": 1 - packed_tokens / alone}
+    rows = [row for share in micro_batches for row in share]
+    tokens, flops = sum(tokens for tokens, _ in rows), sum(flops for _, flops in rows)
+    rounds = zip_longest(*micro_batches, fillvalue=(0, 0.0))
+    lasting = sum(max(flops for _, flops in row) for row in rounds) * len(micro_batches)
+    return {
+        "pack/tokens": float(tokens),
+        "pack/shared_saving": 1 - tokens / alone if alone else None,
+        "pack/micro_batches": float(len(rows)),
+        "pack/efficiency": tokens / (len(rows) * budget) if rows else None,
+        "pack/flops": flops,
+        "pack/idle_fraction": 1 - flops / lasting if lasting else None,
+    }
+
+
+def _trained(trajectories: Sequence[Trajectory]) -> bool:
+    return any(any(trajectory.loss_mask) for trajectory in trajectories)
 
 
 def _recovered(rollout: Trajectory, resamples: Mapping[str, Sequence[Trajectory]]) -> bool:

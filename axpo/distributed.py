@@ -53,6 +53,12 @@ def initialise(device: torch.device, timeout_s: float = 1800.0) -> None:
         ) from None
 
 
+def be_deterministic() -> None:
+    """Only algorithms whose bits are the same in every run from here on; torch raises where an operation has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+
+
 def device() -> torch.device:
     """This rank's accelerator, by the launcher's LOCAL_RANK, or the CPU where there is none.
 
@@ -141,6 +147,25 @@ def from_rank_0(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def exchange_objects(parcels: Sequence[Any]) -> list[Any]:
+    """parcels[r] goes to rank r; returns what every rank sent here, in rank order. Anything picklable, of any size."""
+    if world_size() == 1:
+        return list(parcels)
+    here = rank()
+    where = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    payloads = [b"" if target == here else pickle.dumps(parcel) for target, parcel in enumerate(parcels)]
+    lengths = [len(payload) for payload in payloads]
+    sent = torch.frombuffer(bytearray(b"".join(payloads)) or bytearray(1), dtype=torch.uint8)[: sum(lengths)].to(where)
+    counts = torch.empty(len(parcels), dtype=torch.int64, device=where)
+    dist.all_to_all_single(counts, torch.tensor(lengths, device=where))
+    received = sent.new_empty(int(counts.sum()))
+    dist.all_to_all_single(received, sent, counts.tolist(), lengths)
+    parts = received.cpu().split(counts.tolist())
+    return [
+        parcels[here] if source == here else pickle.loads(part.numpy().tobytes()) for source, part in enumerate(parts)
+    ]
 
 
 class Bulletin:

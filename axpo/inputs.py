@@ -7,9 +7,12 @@ import torch
 
 from axpo.config import Config
 from axpo.conversation import Conversation
-from axpo.distributed import device, world_size
+from axpo.distributed import be_deterministic, device, world_size
+from axpo.grading import Grader
+from axpo.learner import Learner
 from axpo.paths import model_directory
 from axpo.rollout import Agent
+from axpo.sharding import check_replicas
 from axpo.tasks import Task, get_task
 from axpo.tools import get_tools, tool_options
 from engine import LLM, Processor
@@ -24,6 +27,7 @@ class Inputs:
     source: Path
     task: Task
     conversation: Conversation
+    grader: Grader
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -32,6 +36,7 @@ def check_inputs(config: Config) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
     """
+    check_replicas(config.train.replicas)
     source = model_directory(config.model.path)
     model = ModelConfig.from_pretrained(source)
     check_weights(source)
@@ -48,20 +53,40 @@ def check_inputs(config: Config) -> Inputs:
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
+    grader = Grader(config.judge)
+    grader.check(task.kinds())
     tools = get_tools(config.rollout.tools, tool_options(config))
-    return Inputs(source, task, Conversation(Processor(source, model), tools))
+    return Inputs(source, task, Conversation(Processor(source, model), tools), grader)
 
 
-def make_agent(config: Config, inputs: Inputs) -> Agent:
-    """Loads the engine with the checkpoint's weights."""
+def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
+    """The agent and its engine, with the checkpoint's weights, or without any yet."""
     llm = LLM(
         inputs.source,
+        load_format="auto" if load else "dummy",
         dtype=getattr(torch, config.model.dtype),
         device=device(),
         kv_cache_bytes=config.rollout.kv_cache_bytes,
         max_batch_tokens=config.rollout.max_batch_tokens,
     )
-    return Agent(llm, inputs.conversation, config.run.seed)
+    return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
+
+
+def make_learner(config: Config, source: Path) -> Learner:
+    """Loads trainer, optimizer and reference policy with the checkpoint's weights."""
+    if config.train.deterministic:
+        be_deterministic()
+    return Learner(
+        source,
+        dtype=getattr(torch, config.model.dtype),
+        device=device(),
+        optim=config.optim,
+        total_steps=config.run.steps,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        train=config.train,
+    )
 
 
 def _task(config: Config) -> Task:

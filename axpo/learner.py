@@ -1,38 +1,54 @@
-"""The trainer: an FSDP2-sharded policy, its fixed reference, and one AdamW update a step over packed trees."""
+"""The trainer: an FSDP2-sharded policy, its fixed reference, and the AdamW updates of a step over packed trees."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.experimental import implicit_replication
 
+from axpo.config import Train
 from axpo.distributed import all_reduce, gather_columns, world_size
-from axpo.loss import kl_divergence, mismatch_metrics, policy_loss, policy_metrics
+from axpo.flops import training_flops
+from axpo.loss import Tokens, metric_columns, mismatch_metrics, policy_loss, update_metrics
+from axpo.optimizer import make_optimizer
+from axpo.sharding import (
+    build_model,
+    copy_shards,
+    draw_weights,
+    global_norm,
+    load_sharded,
+    reduce_over_replicas,
+    reshard,
+)
 from axpo.tree import PackedBatch, concatenate
 from engine.images import ImageInput
-from engine.models import ModelConfig, Predict, Qwen3VL, VisionFeatures, VisionInput, pack_projections
-from engine.weights import load_weights
+from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
 from kernels import tree_attention
 
 if TYPE_CHECKING:
-    from axpo.config import Loss, Optim
+    from axpo.config import Loss, Optim, Train
 
-# FSDP2 hooks the backward pass onto a module's outputs; before torch 2.12 it looks only into registered containers.
-torch.export.register_dataclass(VisionFeatures)
 
-TokenLoss = Callable[[PackedBatch, Tensor, Tensor | None], Tensor]
-"""(batch, logprobs [M], reference logprobs [M] or None) -> weighted sum of the token losses."""
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """A rank's share of one update: packed rows, and each row's log-probs of π_old where they are not the sampler's."""
+
+    rows: Sequence[PackedBatch]
+    old_logprobs: Sequence[Tensor] | None = None
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of an update is NaN or infinite; the weights were not changed."""
+    """An update met NaN or infinity; the weights stand as they were before it. `minibatch` is what it was made on."""
+
+    def __init__(self, message: str, minibatch: Minibatch):
+        super().__init__(message)
+        self.minibatch = minibatch
 
 
 class Learner:
@@ -41,12 +57,14 @@ class Learner:
     Every rank makes the same calls in the same order; batches differ, and a rank may have none.
 
     Args:
-        path: Hugging Face checkpoint directory; the reference policy is always this one.
+        path: Hugging Face checkpoint directory of the policy's first weights, which the reference policy keeps.
         dtype: compute dtype; gradients are reduced in fp32.
         total_steps: where a decaying learning-rate schedule ends.
         loss: the policy loss; None for a learner that only makes `sft_step`s.
         temperature: the sampling temperature, at which log-probs are scored.
+        max_new_tokens: the constant length of `loss.aggregation = "constant"`.
         scratch_seed: draw fresh weights from this seed instead of reading them.
+        train: how model, activations and optimizer are spread over memory, and how many updates a step makes.
     """
 
     def __init__(
@@ -59,103 +77,174 @@ class Learner:
         total_steps: int,
         loss: "Loss | None" = None,
         temperature: float = 1.0,
+        max_new_tokens: int = 1,
         scratch_seed: int | None = None,
+        train: Train | None = None,
     ):
+        self.train = train = train or Train()
         self.config = ModelConfig.from_pretrained(path)
         self.device = device
         self.optim = optim
         self.total_steps = total_steps
         self.loss = loss
         self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
         self.updates = 0
-        self.model = build_model(self.config, dtype, device)
+        build = partial(build_model, self.config, dtype, device, replicas=train.replicas)
+        self.model = build(checkpointing=train.activation_checkpointing, freeze_vision=train.freeze_vision)
         if scratch_seed is None:
             load_sharded(self.model, path)
         else:
             draw_weights(self.model, scratch_seed)
         self.reference = None
         if loss is not None and loss.kl_coef > 0:
-            self.reference = build_model(self.config, dtype, device).requires_grad_(False)
-            load_sharded(self.reference, path)
-        # After sharding and before any forward: the optimizer must hold the sharded parameters.
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-        )
+            self.reference = build(trained=False, offload=train.reference_offload)
+            copy_shards(self.model, self.reference)
+        self.optimizer = make_optimizer(self.model, optim, offload=train.optimizer_offload)
 
-    def step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """One policy update over the rank's share of the step (PAPER.md, "GRPO" and "AXPO" 6).
+    def flops(self, batch: PackedBatch) -> float:
+        """Operations of an update on the batch, without the reference policy's."""
+        return training_flops(self.config, batch, freeze_vision=self.train.freeze_vision)
+
+    def step(self, *minibatches: Sequence[PackedBatch]) -> dict[str, float]:
+        """The policy updates of a step, over the rank's share of it (PAPER.md, "GRPO" and "AXPO" 6).
+
+        One update a minibatch, and over again up to `train.updates_per_batch`; a minibatch in which no rank has a
+        trained token is passed over. The only update of a step is taken against the policy that sampled, by the
+        sampler's own log-probs; for several, π_old is scored once before the first.
 
         Raises:
-            ValueError: a trained token has no sampler log-prob, or no rank has a trained token.
-            NonFiniteError: loss or gradient is not finite; nothing was changed.
+            NonFiniteError: loss, gradient or a log-prob of the sampler is not finite; that update was not made.
         """
         loss = self.loss
         if loss is None:
             raise ValueError("this learner was built without a policy loss; it can only make sft_step")
-        if any(batch.old_logprobs.isnan().any() for batch in batches):
-            raise ValueError("a trained token has no log-prob of the sampler; only sampled tokens can be trained on")
+        parts = [Minibatch(rows) for rows in minibatches if self._trains(rows)]
+        for part in parts:
+            self._check_sampled(part)
+        metrics: dict[str, float] = {}
+        if parts and self.train.updates_per_batch > 1:
+            parts = [self._score_old(part) for part in parts]
+            metrics = mismatch_metrics(*self._old_and_sampled(parts))
+        updates, columns = [], []
+        for part in parts * (self.train.updates_per_batch // len(minibatches)):
+            numbers, seen = self._update(part, partial(policy_loss, loss=loss))
+            updates.append(numbers)
+            columns += [metric_columns(tokens, loss) for tokens in seen]
+        if not updates:
+            return {"policy/updates": 0.0}
+        everyone = gather_columns(torch.cat(columns, dim=1))
+        metrics = metrics or mismatch_metrics(everyone[0], everyone[1])
+        means = {name: sum(numbers[name] for numbers in updates) / len(updates) for name in updates[0]}
+        return means | {"policy/updates": float(len(updates))} | update_metrics(everyone, loss) | metrics
 
-        def token_loss(batch: PackedBatch, logprobs: Tensor, reference: Tensor | None) -> Tensor:
-            return policy_loss(
+    def sft_step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """One step of weighted cross entropy, −Σ w·logprob / Σ w, on teacher trajectories.
+
+        Raises:
+            ValueError: no rank has a trained token.
+            NonFiniteError: loss or gradient is not finite; nothing was changed.
+        """
+        if not self._trains(batches):
+            raise ValueError("no rank has a trained token in this step")
+        metrics, rows = self._update(Minibatch(batches), lambda tokens: -(tokens.logprobs * tokens.weights).sum())
+        entropies = torch.cat([tokens.entropies[tokens.weights > 0] for tokens in rows])
+        return metrics | {"policy/entropy": gather_columns(entropies[None]).double().mean().item()}
+
+    def replay(self, minibatch: Minibatch) -> None:
+        """Makes again the update that `minibatch` was kept from; raises NonFiniteError as it did."""
+        assert self.loss is not None
+        self._update(minibatch, partial(policy_loss, loss=self.loss))
+
+    def _update(
+        self, minibatch: Minibatch, objective: Callable[[Tokens], Tensor]
+    ) -> tuple[dict[str, float], list[Tokens]]:
+        """Accumulates gradients over all micro-batches with one global denominator, then clips and steps.
+
+        Returns metrics and the rank's trained tokens, row by row.
+        """
+        denominator = all_reduce(self._denominator(minibatch.rows), self.device)
+        total, seen = 0.0, []
+        for index, batch in enumerate(self._equal_rounds(minibatch.rows)):
+            reference = self._reference_logprobs(batch)
+            logprobs, entropies = score(self.model, batch, self.temperature)
+            tokens = Tokens(
                 logprobs,
+                entropies,
+                self._old_logprobs(minibatch, index, batch, logprobs),
                 batch.old_logprobs,
                 batch.advantages,
                 batch.weights,
-                clip_low=loss.clip_low,
-                clip_high=loss.clip_high,
-                kl_coef=loss.kl_coef,
-                ref_logprobs=reference,
+                batch.sequence,
+                reference,
+            )
+            summed = objective(tokens)
+            # FSDP averages gradients over ranks; the sum is wanted, since the denominator already counts all ranks.
+            (summed * (world_size() / denominator)).backward()
+            total += summed.item()
+            seen.append(tokens.detach())
+        loss = all_reduce(total, self.device) / denominator
+        return {"policy/loss": loss} | self._apply(loss, minibatch), seen
+
+    def _denominator(self, rows: Sequence[PackedBatch]) -> float:
+        """This rank's part of what the summed loss is divided by."""
+        if self.loss is not None and self.loss.aggregation == "constant":
+            return float(sum(row.num_sequences for row in rows) * self.max_new_tokens)
+        return sum(row.weights.double().sum().item() for row in rows)
+
+    def _old_logprobs(self, minibatch: Minibatch, index: int, batch: PackedBatch, logprobs: Tensor) -> Tensor:
+        """π_old of the index-th round, whose `batch` may end in a placeholder."""
+        if minibatch.old_logprobs is not None:
+            old = minibatch.old_logprobs[index] if index < len(minibatch.old_logprobs) else logprobs.new_zeros(0)
+            return F.pad(old.to(self.device), (0, len(logprobs) - len(old)))
+        if self.loss is not None and self.loss.tis != "off":
+            return logprobs.detach()  # this is the only update, so the policy is π_old; w corrects for the sampler
+        return batch.old_logprobs
+
+    @torch.no_grad()
+    def _score_old(self, minibatch: Minibatch) -> Minibatch:
+        scores = [score(self.model, batch, self.temperature)[0] for batch in self._equal_rounds(minibatch.rows)]
+        reshard(self.model)
+        lengths = [len(row.labels) for row in minibatch.rows]
+        return replace(minibatch, old_logprobs=[old[:n] for old, n in zip(scores, lengths, strict=False)])
+
+    def _old_and_sampled(self, parts: Sequence[Minibatch]) -> Tensor:
+        """[2, M]: log-probs of trainer and sampler under the weights that sampled, on all ranks."""
+        none = torch.zeros(0, device=self.device)
+        old = [scored for part in parts for scored in part.old_logprobs or ()]
+        sampled = [row.old_logprobs.to(self.device) for part in parts for row in part.rows]
+        return gather_columns(torch.stack([torch.cat([none, *old]), torch.cat([none, *sampled])]))
+
+    def _trains(self, rows: Sequence[PackedBatch]) -> bool:
+        """Whether any rank has a trained token in its rows."""
+        return all_reduce(float(sum(row.num_sequences for row in rows)), self.device) > 0
+
+    def _check_sampled(self, minibatch: Minibatch) -> None:
+        bad = any(not row.old_logprobs.isfinite().all() for row in minibatch.rows)
+        if all_reduce(float(bad), self.device):
+            raise NonFiniteError(
+                f"update {self.updates + 1}: a trained token has no finite log-prob of the sampler: only sampled "
+                "tokens can be trained on, and weights that are not finite sample nothing",
+                minibatch,
             )
 
-        metrics, columns = self._update(batches, token_loss)
-        logprobs, old_logprobs, advantages, entropies, reference = columns
-        metrics |= policy_metrics(logprobs, old_logprobs, advantages, entropies, loss.clip_low, loss.clip_high)
-        metrics |= mismatch_metrics(logprobs, old_logprobs)
-        if self.reference is not None:
-            metrics["policy/kl"] = kl_divergence(logprobs, reference).double().mean().item()
-        return metrics
-
-    def sft_step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """One step of weighted cross entropy, −Σ w·logprob / Σ w, on teacher trajectories. Raises as `step`."""
-        metrics, (_, _, _, entropies, _) = self._update(batches, lambda batch, lp, _: -(lp * batch.weights).sum())
-        return metrics | {"policy/entropy": entropies.double().mean().item()}
-
-    def _update(self, batches: Sequence[PackedBatch], token_loss: TokenLoss) -> tuple[dict[str, float], Tensor]:
-        """Accumulates gradients over all micro-batches with one global denominator, then clips and steps.
-
-        Returns metrics and the trained tokens of all ranks, [5, M]: logprobs, old logprobs, advantages, entropies,
-        reference logprobs.
-        """
-        weight = all_reduce(sum(batch.weights.double().sum().item() for batch in batches), self.device)
-        if weight == 0:
-            raise ValueError("no rank has a trained token in this step")
-        total, columns = 0.0, []
-        for batch in self._equal_rounds(batches):
-            reference = self._reference_logprobs(batch)
-            logprobs, entropies = score(self.model, batch, self.temperature)
-            summed = token_loss(batch, logprobs, reference)
-            # FSDP averages gradients over ranks; the sum is wanted, since `weight` already counts all ranks.
-            (summed * (world_size() / weight)).backward()
-            total += summed.item()
-            columns.append(_detach_trained(batch, logprobs, entropies, reference))
-        loss = all_reduce(total, self.device) / weight
-        metrics = {"policy/loss": loss} | self._apply(loss)
-        return metrics, gather_columns(torch.cat(columns, dim=1))
-
-    def _apply(self, loss: float) -> dict[str, float]:
+    def _apply(self, loss: float, minibatch: Minibatch) -> dict[str, float]:
         """Clips the accumulated gradient to its global norm and makes the update, unless something is not finite."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = global_norm(gradients)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            bad = self._non_finite_gradients()
             self.optimizer.zero_grad()
             raise NonFiniteError(
-                f"update {self.updates + 1}: loss {loss}, gradient norm {norm}; the weights were not changed. "
-                "Lower optim.lr, or look at the step's trajectories for extreme log-probs"
+                f"update {self.updates + 1}: loss {loss}, gradient norm {norm}"
+                f"{f' ({len(bad)} gradients, the last of them {bad[-1]})' if bad else ''}; the weights were not "
+                "changed. Lower optim.lr, or look at the step's trajectories for extreme log-probs",
+                minibatch,
             )
         if 0 < self.optim.grad_clip < norm:
             for gradient in gradients:
                 gradient.mul_(self.optim.grad_clip / (norm + 1e-6))
-        rate = learning_rate(self.updates, self.optim, self.total_steps)
+        rate = learning_rate(self.updates // self.train.updates_per_batch, self.optim, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -163,10 +252,16 @@ class Learner:
         self.updates += 1
         return {"policy/grad_norm": norm, "policy/lr": rate}
 
+    def _non_finite_gradients(self) -> list[str]:
+        """Parameters in the order of the model; the backward pass reached the last of them first."""
+        named = [(name, parameter.grad) for name, parameter in self.model.named_parameters()]
+        return [name for name, grad in named if grad is not None and not math.isfinite(global_norm([grad]))]
+
     def _equal_rounds(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
         """The rank's micro-batches, filled up to the largest count of any rank, since FSDP needs all of them in step.
 
-        For the same reason each of them has an image if the model can see.
+        For the same reason each of them has an image if the model can see. Replicas sum their gradients once, in the
+        last round; until then each adds up its own.
         """
         rounds = int(all_reduce(len(batches), self.device, dist.ReduceOp.MAX))
         filler = placeholder(self.config)
@@ -174,6 +269,7 @@ class Learner:
             batch = batches[index] if index < len(batches) else filler
             if self.config.vision is not None and not batch.images:
                 batch = concatenate([batch, filler])
+            reduce_over_replicas(self.model, index == rounds - 1)
             yield batch.to(self.device)
 
     @torch.no_grad()
@@ -201,72 +297,10 @@ def score(model: Qwen3VL, batch: PackedBatch, temperature: float) -> tuple[Tenso
     return model(batch.input_ids, batch.position_ids, attention, vision, predict)
 
 
-def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Qwen3VL:
-    """The model with fp32 parameters sharded over all ranks and not yet filled; it computes in `dtype`."""
-    with torch.device("meta"):
-        model = Qwen3VL(config)
-    if buffers := [name for name, _ in model.named_buffers()]:
-        raise ValueError(f"buffers {buffers} would be left undefined here: compute them in forward")
-    mesh = init_device_mesh(device.type, (world_size(),))
-    # Inputs are not cast: rotary tables must stay fp32.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    if config.vision is not None:
-        fully_shard(model.model.visual, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    model = model.to_empty(device=device)
-    if world_size() == 1:
-        pack_projections(model)  # an engine that aliases these parameters computes them fused
-    return model
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Back to shards: after a forward without gradients FSDP2 may leave the root's parameters gathered."""
-    assert isinstance(model, FSDPModule)
-    model.reshard()
-
-
-def load_sharded(model: Qwen3VL, path: str | Path) -> None:
-    """Fills the sharded parameters from a checkpoint directory: each rank reads the files and keeps its shards."""
-    with implicit_replication():
-        load_weights(model, path)
-
-
-@torch.no_grad()
-def draw_weights(model: Qwen3VL, seed: int) -> None:
-    """Fresh weights, alike for any number of ranks.
-
-    Matrices N(0, 1/fan_in), those that write to a residual stream smaller by √(number of writers); embeddings N(0, 1);
-    norms 1, biases 0. The last norm is 1/√H when the head is tied, so that the first logits have variance 1.
-    """
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    depth = {"visual": config.vision.depth if config.vision else 1, "language_model": config.text.num_layers}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            tied_norm = config.tie_word_embeddings and name.endswith("language_model.norm.weight")
-            value = config.text.hidden_size**-0.5 if tied_norm else float(name.endswith("weight"))
-            full = torch.full(parameter.shape, value)
-        else:
-            fan_in = 1 if "embed_tokens" in name or "pos_embed" in name else math.prod(parameter.shape[1:])
-            writes = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "mlp.linear_fc2.weight"))
-            writers = 2 * depth["visual" if ".visual." in name else "language_model"] if writes else 1
-            full = torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in * writers)
-        with implicit_replication():
-            parameter.copy_(full)
-
-
-def global_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm over all gradients and all their shards; parameters are sharded over every rank."""
-    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = sum(shard.double().square().sum().item() for shard in shards)
-    return math.sqrt(all_reduce(squares, shards[0].device))
-
-
-def learning_rate(update: int, optim: "Optim", total_steps: int) -> float:
-    """Of update 0, 1, …: linear warm-up to `optim.lr`, then constant, or down to 0 at `total_steps`."""
-    warmup = min(1.0, (update + 1) / max(1, optim.warmup_steps))
-    progress = min(1.0, max(0, update - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
+def learning_rate(step: int, optim: "Optim", total_steps: int) -> float:
+    """Of step 0, 1, …: linear warm-up to `optim.lr`, then constant, or down to 0 at `total_steps`."""
+    warmup = min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    progress = min(1.0, max(0, step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return optim.lr * warmup * decay[optim.schedule]
 
@@ -288,20 +322,7 @@ def placeholder(config: ModelConfig) -> PackedBatch:
         old_logprobs=none,
         advantages=none,
         weights=none,
+        sequence=zero,
         image_token_index=zero[: len(images)],
         images=images,
     )
-
-
-def _detach_trained(batch: PackedBatch, logprobs: Tensor, entropies: Tensor, reference: Tensor | None) -> Tensor:
-    """[5, M] of the tokens that count, without the placeholder's."""
-    reference = torch.zeros_like(logprobs) if reference is None else reference
-    columns = torch.stack([logprobs.detach(), batch.old_logprobs, batch.advantages, entropies.detach(), reference])
-    return columns[:, batch.weights > 0]
-
-
-def _parameter_groups(model: Qwen3VL, weight_decay: float) -> list[dict]:
-    """Matrices decay, norms and biases do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

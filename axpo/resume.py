@@ -12,7 +12,7 @@ from pydantic import BaseModel
 # What may differ on a resume, because it changes nothing that is computed. run.steps may only grow.
 _FREE = ("run.name", "run.dir", "run.resume", "run.steps", "run.time_limit", "run.timeout_s")
 _FREE_MEMORY = ("rollout.kv_cache_bytes", "rollout.max_batch_tokens")
-_FREE_SECTIONS = ("checkpoint", "log")
+_FREE_SECTIONS = ("checkpoint", "log", "debug")
 _WHY = {
     "model": "the checkpoint's weights and optimizer belong to that model",
     "data": "the checkpoint's cursor counts that data's questions",

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from PIL import Image
 
 from axpo.conversation import Conversation
-from axpo.grading import grade
+from axpo.grading import Grade, Grader
 from axpo.resample import call_uncertainty
 from axpo.tasks import Question
 from axpo.tools import Tool, ToolResult
@@ -56,6 +57,9 @@ class Branch:
     calls: list[ToolCall] = field(default_factory=list)
     status: Status | None = None
     reward: float = 0.0
+    grade_error: str | None = None
+    grading: bool = False
+    """Its answer is being compared on a worker thread; then it has ended."""
     sessions: dict[str, Tool] = field(default_factory=dict)
     """The tools with state that it has called; they end with the branch."""
 
@@ -72,6 +76,9 @@ class Branch:
             self.sessions[tool.name] = made
         return made
 
+    def take_grade(self, grade: Grade) -> None:
+        self.reward, self.grade_error, self.grading = grade.reward, grade.error, False
+
     def end_sessions(self) -> None:
         for tool in self.sessions.values():
             tool.close()
@@ -81,6 +88,10 @@ class Branch:
         self.roles += [role] * len(logprobs)
         self.logprobs += logprobs
         self.entropies += entropies
+
+
+Pending = tuple[Branch, Callable[[Any], None]]
+"""Whom a worker thread works for, and what takes its result."""
 
 
 class Followup(Protocol):
@@ -105,11 +116,15 @@ class Agent:
     Args:
         llm: the engine, whose weights are the policy.
         conversation: the checkpoint's template with the tools on offer.
+        grader: compares final answers; None: one without a judge.
         seed: the run's; a branch's noise depends on (seed, step, question, branch) and the position, on nothing else.
     """
 
-    def __init__(self, llm: LLM, conversation: Conversation, seed: int, tool_workers: int = 8):
+    def __init__(
+        self, llm: LLM, conversation: Conversation, seed: int, grader: Grader | None = None, tool_workers: int = 8
+    ):
         self.llm = llm
+        self.grader = grader or Grader()
         self.conversation = conversation
         self.seed = seed
         self.tool_wait_s = 0.0
@@ -210,6 +225,7 @@ class Agent:
             text=self.conversation.processor.decode(tokens[branch.prompt_len :]),
             images=list(sequence.images),
             positions=self.conversation.processor.positions(tokens, sequence.images),
+            grade_error=branch.grade_error,
         )
         uncertainty = call_uncertainty(trajectory)
         trajectory.confidence = uncertainty[0] if uncertainty else None
@@ -231,7 +247,7 @@ class Agent:
         A branch waits for its own tools only, and decoding for none but inline ones.
         """
         active: dict[int, Branch] = {}
-        tools: dict[Future[list[ToolResult]], Branch] = {}
+        pending: dict[Future, Pending] = {}
 
         def begin(new: Iterable[Branch]) -> None:
             for branch in new:
@@ -240,7 +256,7 @@ class Agent:
                 settle(branch)
 
         def settle(branch: Branch) -> None:
-            if branch.status is not None:
+            if branch.status is not None and not branch.grading:
                 del active[id(branch.sequence)]
                 branch.end_sessions()
                 begin(then.ended(branch) if then is not None else ())
@@ -252,16 +268,16 @@ class Agent:
                 raise InterruptedRollouts
             for sequence, output in self.llm.step():
                 branch = active[id(sequence)]
-                self._turn(branch, output, limits, tools)
+                self._turn(branch, output, limits, pending)
                 settle(branch)
             # In the order of submission, so that a batch does not depend on which thread was faster.
-            for future in self._finished(tools, wait_for_one=not self.llm.scheduler.has_work):
-                branch = tools.pop(future)
-                self._observe(branch, future.result(), limits)
+            for future in self._finished(pending, wait_for_one=not self.llm.scheduler.has_work):
+                branch, take = pending.pop(future)
+                take(future.result())
                 settle(branch)
             more = then.poll() if then is not None else None
             begin(more or ())
-            if not (self.llm.scheduler.has_work or tools):
+            if not (self.llm.scheduler.has_work or pending):
                 if more is None:
                     return
                 idle_since = min(idle_since, time.monotonic())
@@ -271,23 +287,35 @@ class Agent:
             else:
                 idle_since = math.inf
 
-    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, tools: dict[Future, Branch]) -> None:
-        """Records a turn and calls its tools: inline ones now, others on a worker thread."""
+    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future, Pending]) -> None:
+        """Records a turn, and calls its tools or grades its answer: what is quick now, the rest on a worker thread."""
         calls = self._end_turn(branch, output, limits)
         if calls and all(call.name is None or self.conversation.inline(call.name) for call in calls):
             self._observe(branch, self._call_tools(branch, calls), limits)
         elif calls:
-            tools[self._pool.submit(self._call_tools, branch, calls)] = branch
+            observe = partial(self._observe, branch, limits=limits)
+            pending[self._pool.submit(self._call_tools, branch, calls)] = branch, observe
+        elif branch.status == "answered":
+            text = self.conversation.processor.decode(branch.sequence.token_ids[branch.turn_start :])
+            if self.grader.inline(branch.question.rubric):
+                branch.take_grade(self._grade(branch, text))
+            else:
+                branch.grading = True
+                pending[self._pool.submit(self._grade, branch, text)] = branch, branch.take_grade
 
-    def _finished(self, tools: dict[Future, Branch], *, wait_for_one: bool) -> list[Future]:
-        """The calls that are done, in the order of submission."""
-        if not tools:
+    def _grade(self, branch: Branch, text: str) -> Grade:
+        question = branch.question
+        return self.grader.grade(text, question.rubric, question=question.text, thinking=self.conversation.thinks)
+
+    def _finished(self, pending: dict[Future, Pending], *, wait_for_one: bool) -> list[Future]:
+        """What is done, in the order of submission."""
+        if not pending:
             return []
         begun = time.perf_counter()
-        done, _ = wait(tools, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
+        done, _ = wait(pending, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
         if wait_for_one:
             self.tool_wait_s += time.perf_counter() - begun
-        return [future for future in tools if future in done]
+        return [future for future in pending if future in done]
 
     def _submit(self, branch: Branch, limits: Limits) -> None:
         """Queues the branch's next turn, or ends it where no token is left to sample."""
@@ -317,8 +345,6 @@ class Agent:
             branch.status = "length"
         elif not calls:
             branch.status = "answered"
-            text = self.conversation.processor.decode(turn)
-            branch.reward = grade(text, branch.question.answer, thinking=self.conversation.thinks)
         elif branch.turn >= limits.max_turns:
             branch.status = "turn_limit"
         else:

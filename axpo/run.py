@@ -15,11 +15,12 @@ from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank,
 from axpo.evaluate import Evaluation, comparison, evaluate
 from axpo.explore import Exploration, explore
 from axpo.heartbeat import Heartbeat, TracedSpans
-from axpo.inputs import Inputs, make_agent
-from axpo.learner import Learner
+from axpo.inputs import Inputs, make_agent, make_learner
+from axpo.learner import NonFiniteError
 from axpo.lifecycle import Lifecycle
 from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
+from axpo.replay import keep_update
 from axpo.rollout import InterruptedRollouts, Limits
 from axpo.rundir import RunDir, cannot_write, write_json
 from axpo.stopping import Stop
@@ -52,16 +53,8 @@ class Run:
             tensorboard=config.log.tensorboard,
             console=config.log.console,
         )
-        self.agent = make_agent(config, inputs)
-        self.learner = Learner(
-            inputs.source,
-            dtype=getattr(torch, config.model.dtype),
-            device=device(),
-            optim=config.optim,
-            total_steps=config.run.steps,
-            loss=config.loss,
-            temperature=config.rollout.temperature,
-        )
+        self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
+        self.learner = make_learner(config, inputs.source)
         self.spans = TracedSpans(heartbeat, torch.cuda.synchronize if device().type == "cuda" else None)
         self.life = Lifecycle(config, directory, self.learner, stop, heartbeat)
         self.agent.interrupted, self.agent.patience_s = self.life.interrupted, config.run.timeout_s
@@ -70,8 +63,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.log.close()
+        if isinstance(error, NonFiniteError):
+            kept = keep_update(self.directory.debug(self.life.step + 1), self.config, self.learner, error.minibatch)
+            raise NonFiniteError(
+                f"step {self.life.step + 1}, {error}\nthe update is kept: find the first bad tensor with "
+                f"python -m axpo.train --debug.replay {kept}",
+                error.minibatch,
+            ) from error
 
     def questions(self, step: int) -> list[tuple[int, Question]]:
         """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
@@ -106,10 +106,18 @@ class Run:
         every = self.config.eval.every
         return step == self.config.run.steps or bool(every and step % every == 0)
 
+    def release_kv(self) -> None:
+        """The engine gives the memory of its KV cache to the training that follows, by `rollout.sleep_in_training`."""
+        if self.config.rollout.sleep_in_training == "always" or (
+            self.config.rollout.sleep_in_training == "auto" and device().type == "cuda"
+        ):
+            self.agent.llm.sleep()
+
     def push_weights(self) -> None:
-        """The trained weights become the engine's."""
-        push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
+        """The trained weights become the engine's, which has its KV cache again after this."""
+        self.synced = push_weights(self.learner.model, self.agent.llm.model, alias=not self.config.rollout.overlap)
         self.agent.llm.weights_updated()
+        self.agent.llm.wake_up()
 
     def gather(self, groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]]) -> StepRecord:
         """The step's trajectories of every rank, in question order, on every rank."""
@@ -128,8 +136,9 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
+        metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
         try:
-            self.log.log(step, metrics | seconds)
+            self.log.log(step, metrics | self.synced.metrics() | seconds)
         except OSError as error:
             raise cannot_write(self.directory.metrics, error) from None
         self.life.advance(self.config.rollout.questions_per_step)

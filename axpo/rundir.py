@@ -75,6 +75,10 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         return self.path / "evaluation" / f"step_{step:06d}.json"
 
+    def debug(self, step: int) -> Path:
+        """Where an update that met NaN or infinity is kept."""
+        return self.path / "debug" / f"step_{step:06d}"
+
     def write_trajectories(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """All trajectories of a step, atomically: the file is there and whole, or not there."""
         write_text(self.trajectories(step), "".join(f"{trajectory.to_json()}\n" for trajectory in trajectories))

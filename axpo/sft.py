@@ -28,6 +28,7 @@ def main() -> None:
     from axpo.heartbeat import Heartbeat
     from axpo.paths import model_directory
     from axpo.rundir import RunDirError
+    from axpo.sharding import check_replicas
     from axpo.start import open_run
     from axpo.stopping import Stop
     from axpo.tasks import fingerprint, get_task
@@ -39,6 +40,7 @@ def main() -> None:
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
+        check_replicas(config.train.replicas)
         run = open_run(config, lambda: fingerprint(get_task(config.data.task)))
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
@@ -60,7 +62,7 @@ def tune(config: SftConfig, source: Path, run: "RunDir", stop: "Stop", heartbeat
     from axpo.learner import Learner
     from axpo.lifecycle import Lifecycle
     from axpo.metrics import MetricsLogger
-    from axpo.tree import pack_trees
+    from axpo.packing import pack_trees
 
     dataset = TeacherData(source, config, rank(), world_size())
     learner = Learner(
@@ -70,6 +72,7 @@ def tune(config: SftConfig, source: Path, run: "RunDir", stop: "Stop", heartbeat
         optim=config.optim,
         total_steps=config.run.steps,
         scratch_seed=config.run.seed if config.sft.from_scratch else None,
+        train=config.train,
     )
     life = Lifecycle(config, run, learner, stop, heartbeat)
     log = MetricsLogger(
@@ -84,7 +87,7 @@ def tune(config: SftConfig, source: Path, run: "RunDir", stop: "Stop", heartbeat
     with log:
         for step in life.steps():
             with spans("data"):
-                batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens)
+                batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens, learner.flops)
             with spans("train"):
                 metrics = learner.sft_step(batches)
             log.log(step, metrics | spans.metrics())

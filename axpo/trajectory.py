@@ -8,7 +8,7 @@ import numpy as np
 
 PROMPT, SAMPLED, OBSERVATION = 0, 1, 2
 Status = Literal["answered", "turn_limit", "length", "error"]
-_UNSERIALISED = ("images", "positions")
+_UNSERIALISED = ("images", "positions", "grade_error")
 
 
 @dataclass(slots=True)
@@ -34,7 +34,8 @@ class Trajectory:
 
     Arrays have the length of `tokens`. `logprobs` and `entropies` are the sampler's, None where nothing was sampled.
     `loss_mask` (0/1) and `advantages` are filled by `axpo.advantage.assign_credit`.
-    `images` (engine.processor.ImageInput, in token order) and `positions` (mrope, int64 [3, len]) stay in memory.
+    `images` (engine.processor.ImageInput, in token order), `positions` (mrope, int64 [3, len]) and `grade_error` (why
+    the answer could not be compared) stay in memory.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Trajectory:
     text: str
     images: list[Any] = field(default_factory=list)
     positions: np.ndarray | None = None
+    grade_error: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("roles", "loss_mask", "logprobs", "entropies", "advantages"):

@@ -16,15 +16,16 @@ from engine.block_pool import BlockPool
 from engine.images import ImageInput
 from engine.logits import LogitsShaper
 from engine.memory import KVCache
-from engine.models import ModelConfig, Qwen3VL, fuse_projections, pack_projections
+from engine.models import ModelConfig, fuse_projections
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
 from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
+from engine.resident import LoadFormat, resident_model
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
 from engine.sequence import Sequence
-from engine.weights import copy_weights, load_weights
+from engine.weights import copy_weights
 
 
 class LLM:
@@ -33,6 +34,7 @@ class LLM:
     Args:
         path: checkpoint directory.
         dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
+        load_format: "auto" reads the weights; "dummy" leaves them unfilled, for a caller that brings them.
         kv_cache_bytes: size of the KV cache; blocks of `block_size` tokens are cut from it.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
@@ -47,6 +49,7 @@ class LLM:
         path: str | Path,
         *,
         dtype: torch.dtype | None = None,
+        load_format: LoadFormat = "auto",
         device: str | torch.device | None = None,
         kv_cache_bytes: int = 1 << 29,
         block_size: int = 16,
@@ -61,12 +64,7 @@ class LLM:
         self.config = ModelConfig.from_pretrained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        with torch.device("meta"):
-            model = Qwen3VL(self.config)
-        self.model = model.to(dtype).to_empty(device=self.device).requires_grad_(False).eval()
-        pack_projections(self.model)
-        fuse_projections(self.model)
-        load_weights(self.model, path)
+        self.model = resident_model(self.config, self.path, dtype, self.device, load_format)
         self.kv = KVCache(self.config.text, kv_cache_bytes, block_size, dtype, self.device)
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}

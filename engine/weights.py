@@ -15,6 +15,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copies a checkpoint directory into `model`, in place, one tensor at a time, cast to the parameters' dtype.
 
@@ -23,20 +24,24 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: a shard is truncated or not safetensors, or keys or shapes do not fit the model.
     """
     parameters = dict(model.named_parameters())
+    check_names(parameters, path)
+    for name, tensor in read_tensors(path):
+        if name in parameters:
+            parameters[name].copy_(tensor)
+
+
+def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compares names and shapes with a checkpoint directory, reading headers only. Raises as `load_weights`."""
     missing = set(parameters)
     unexpected = []
-    with torch.no_grad():
-        for name, tensor in read_tensors(path):
-            parameter = parameters.get(name)
-            if parameter is None:
-                unexpected.append(name)
-                continue
-            if parameter.shape != tensor.shape:
-                raise ValueError(
-                    f"{path}: {name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}"
-                )
-            parameter.copy_(tensor)
-            missing.discard(name)
+    for name, stored in stored_tensors(path):
+        if name not in parameters:
+            unexpected.append(name)
+            continue
+        found, wanted = list(stored.get_shape()), list(parameters[name].shape)
+        if found != wanted:
+            raise ValueError(f"{path}: {name} has shape {found}, the config asks for {wanted}")
+        missing.discard(name)
     tied = "lm_head.weight" if "lm_head.weight" not in parameters else None
     unexpected = [name for name in unexpected if name != tied]
     if missing or unexpected:
@@ -60,11 +65,20 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tupl
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (parameter name of `Qwen3VL`, tensor) over all shards; files are memory-mapped, each tensor read once."""
+    """Yields (parameter name of `Qwen3VL`, tensor) over all shards; each tensor is read once."""
+    for name, stored in stored_tensors(path):
+        yield name, stored[:]
+
+
+def stored_tensors(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yields (parameter name, slice) over all shards: `slice[a:b]` reads those rows, and only them, from the file.
+
+    A slice is good until the next one is asked for.
+    """
     for file in shards(path):
         with _open(file) as reader:
             for name in reader.keys():  # noqa: SIM118 — the reader itself is not iterable
-                yield canonical_name(name), reader.get_tensor(name)
+                yield canonical_name(name), reader.get_slice(name)
 
 
 def check_weights(path: str | Path) -> None:

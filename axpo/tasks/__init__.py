@@ -6,9 +6,11 @@ from typing import Any, Literal, Protocol, get_args
 
 from PIL import Image
 
+from axpo.grading.rubric import Kind, Rubric
 from axpo.images import check_image
 
 Split = Literal["train", "heldout"]
+NO_RUBRIC = Rubric(("-",))
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -17,7 +19,8 @@ class Question:
     """One question as the agent loop takes it.
 
     messages: chat messages; an image is a part {"type": "image"}, text a part {"type": "text", "text": …}.
-    images: one PIL image for every image part, in order. answer: what `axpo.grading.grade` compares with.
+    images: one PIL image for every image part, in order. answer: the right one, as it is shown.
+    rubric: how answers are compared with it; by default they must be the same.
     """
 
     id: str
@@ -25,10 +28,13 @@ class Question:
     images: list[Image.Image]
     answer: str
     meta: dict[str, Any] = field(default_factory=dict)
+    rubric: Rubric = NO_RUBRIC
 
     def __post_init__(self) -> None:
         if not isinstance(self.answer, str) or not self.answer.strip():
             raise ValueError(f"question {self.id!r}: answer is {self.answer!r}; it must be a string that is not empty")
+        if self.rubric is NO_RUBRIC:
+            object.__setattr__(self, "rubric", Rubric((self.answer,)))
         if not self.messages or self.messages[-1].get("role") != "user":
             raise ValueError(f"question {self.id!r}: messages must end with a message of role 'user'")
         contents = [message["content"] for message in self.messages if isinstance(message["content"], list)]
@@ -37,6 +43,14 @@ class Question:
             raise ValueError(f"question {self.id!r}: {parts} image parts in messages, but {len(self.images)} images")
         for index, image in enumerate(self.images):
             check_image(image, f"question {self.id!r}: image {index}")
+
+    @property
+    def text(self) -> str:
+        """What the user asks, without the images."""
+        content = self.messages[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return "\n".join(part["text"] for part in content if part.get("type") == "text")
 
 
 class Task(Protocol):
@@ -47,6 +61,10 @@ class Task(Protocol):
 
     def size(self, split: Split) -> int:
         """Number of questions of a split."""
+        ...
+
+    def kinds(self) -> set[Kind]:
+        """The graders that its questions need."""
         ...
 
     def question(self, split: Split, index: int) -> Question:

@@ -1,4 +1,8 @@
-"""Your own questions: JSON lines {id, question, images: [paths], answer}, checked row by row before training starts."""
+"""Your own questions: JSON lines {id, question, images: [paths], answer}, checked row by row before training starts.
+
+A row may also say how its answer is compared: `grader` (exact, choice, number, math, f1, anls, judge), with `options`,
+`tolerance` or `threshold` (axpo.grading.Rubric). `answer` may be a list, of which any is right.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axpo.grading import Kind, Rubric
 from axpo.images import load_image
 from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
 
 INSTRUCTION = r"Give the final answer as <answer>\boxed{...}</answer>."
 _FIELDS = ("id", "question", "images", "answer")
+_GRADING = ("grader", "options", "tolerance", "threshold")
 _SHOWN = 10
 
 
@@ -25,7 +31,7 @@ class Row:
     id: str
     question: str
     images: tuple[Path, ...]
-    answer: str
+    rubric: Rubric
 
 
 class JsonlTask:
@@ -46,6 +52,9 @@ class JsonlTask:
     def size(self, split: Split) -> int:
         return len(self._rows[split])
 
+    def kinds(self) -> set[Kind]:
+        return {row.rubric.kind for rows in self._rows.values() for row in rows}
+
     def question(self, split: Split, index: int) -> Question:
         if not 0 <= index < self.size(split):
             raise IndexError(f"jsonl/{split} has {self.size(split)} questions, none with index {index}")
@@ -53,12 +62,18 @@ class JsonlTask:
         text = f"{row.question}\n{INSTRUCTION}"
         content = [{"type": "image"} for _ in row.images] + [{"type": "text", "text": text}]
         images = [load_image(path) for path in row.images]
-        return Question(id=row.id, messages=[{"role": "user", "content": content}], images=images, answer=row.answer)
+        return Question(
+            id=row.id,
+            messages=[{"role": "user", "content": content}],
+            images=images,
+            answer=row.rubric.answers[0],
+            rubric=row.rubric,
+        )
 
     def content_hash(self, split: Split) -> str:
         """Of every row and every image file, in the order of the rows; where the files lie does not matter."""
         rows = self._rows[split]
-        texts = [json.dumps([row.id, row.question, row.answer, len(row.images)]) for row in rows]
+        texts = [json.dumps([row.id, row.question, repr(row.rubric), len(row.images)]) for row in rows]
         return hash_files([path for row in rows for path in row.images], *texts)
 
 
@@ -98,10 +113,13 @@ def _row(line: str, folder: Path) -> tuple[Row | None, list[str]]:
     if not isinstance(record, dict):
         return None, [f"must be a JSON object with {', '.join(_FIELDS)}, got {type(record).__name__}"]
     name = f"row {record['id']!r}: " if isinstance(record.get("id"), str) else ""
-    problems = [f"{field}: unknown field; a row has {', '.join(_FIELDS)}" for field in record if field not in _FIELDS]
-    texts = {field: _text(record, field, problems) for field in ("id", "question", "answer")}
-    if texts["answer"].count("{") != texts["answer"].count("}"):
-        problems.append(f"answer = {texts['answer']!r}: braces do not match, so no \\boxed{{…}} can hold it")
+    problems = [
+        f"{field}: unknown field; a row has {', '.join(_FIELDS)}"
+        for field in record
+        if field not in (*_FIELDS, *_GRADING)
+    ]
+    texts = {field: _text(record, field, problems) for field in ("id", "question")}
+    rubric = _rubric(record, problems)
     images = record.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         problems.append(f"images = {images!r}: must be a list of file names")
@@ -112,8 +130,32 @@ def _row(line: str, folder: Path) -> tuple[Row | None, list[str]]:
             load_image(path)
         except ValueError as error:
             problems.append(f"images[{index}]: {error}")
-    row = Row(texts["id"], texts["question"], paths, texts["answer"]) if not problems else None
+    row = Row(texts["id"], texts["question"], paths, rubric) if rubric is not None and not problems else None
     return row, [f"{name}{problem}" for problem in problems]
+
+
+def _rubric(record: dict[str, Any], problems: list[str]) -> Rubric | None:
+    answers = record.get("answer")
+    if not isinstance(answers, list) or not answers:
+        answers = [_text(record, "answer", problems)]
+    else:
+        answers = [_text({"answer": answer}, "answer", problems) for answer in answers]
+    if wrong := [answer for answer in answers if answer.count("{") != answer.count("}")]:
+        problems.append(f"answer = {wrong[0]!r}: braces do not match, so no \\boxed{{…}} can hold it")
+    options = record.get("options", [])
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        problems.append(f"options = {options!r}: must be a list of texts")
+    for name in ("tolerance", "threshold"):
+        if not isinstance(record.get(name, 0.5), int | float):
+            problems.append(f"{name} = {record[name]!r}: must be a number")
+    if problems:
+        return None
+    numbers = {name: float(record[name]) for name in ("tolerance", "threshold") if name in record}
+    try:
+        return Rubric(tuple(answers), record.get("grader", "exact"), tuple(options), **numbers)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
 
 
 def _text(record: dict[str, Any], field: str, problems: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from axpo.grading import Kind
 from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
 from axpo.tasks.scenes import asset_files, scene
@@ -36,6 +37,9 @@ class MiniTask:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there is: {', '.join(SPLITS)}")
         return self._sizes[split]
+
+    def kinds(self) -> set[Kind]:
+        return {"exact"}
 
     def question(self, split: Split, index: int) -> Question:
         if not 0 <= index < self.size(split):

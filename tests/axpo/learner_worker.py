@@ -4,7 +4,9 @@
 """
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +17,26 @@ from axpo.checkpoint import Progress, export_policy, save_checkpoint
 from axpo.config import Loss, Optim
 from axpo.distributed import finish, gather_objects, initialise, rank, world_size
 from axpo.learner import Learner
+from axpo.packing import pack_trees
 from axpo.trajectory import Trajectory
-from axpo.tree import PackedBatch, build_trees, pack_trees
+from axpo.tree import PackedBatch, build_trees
 from axpo.weights_sync import push_weights
 from engine.models import Qwen3VL
 from tests.axpo.factory import IMAGE, random_group, random_resamples, text_only
 
 BUDGET = 250
 UPDATES = 3
+
+
+def launch(worker: str, checkpoint: Path, out: Path) -> Path:
+    """Runs a worker of this directory on two ranks and returns `out`, where it wrote."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(root / "tests/axpo" / worker), str(checkpoint), str(out)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
 
 
 def build_learner(path: Path, **changes: object) -> Learner:

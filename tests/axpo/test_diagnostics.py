@@ -53,8 +53,17 @@ def test_shared_saving() -> None:
     for rollout in group:
         rollout.loss_mask = [int(role == SAMPLED) for role in rollout.roles]
     alone = sum(len(rollout.tokens) for rollout in group)
-    assert packing_metrics(group, alone)["pack/shared_saving"] == 0
-    assert packing_metrics(group, alone // 2)["pack/shared_saving"] == pytest.approx(0.5, abs=0.02)
+    assert packing_metrics(group, [[(alone, 1.0)]], alone)["pack/shared_saving"] == 0
+    assert packing_metrics(group, [[(alone // 2, 1.0)]], alone)["pack/shared_saving"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_packing_metrics() -> None:
+    """Two ranks, three micro-batches: of 2·(4 + 2) operations' time, 9 are worked."""
+    group = random_group(random.Random(5), size=1)
+    group[0].loss_mask = [int(role == SAMPLED) for role in group[0].roles]
+    metrics = packing_metrics(group, [[(80, 4.0), (20, 2.0)], [(50, 3.0)]], budget=100)
+    assert metrics["pack/tokens"] == 150 and metrics["pack/efficiency"] == 0.5 and metrics["pack/micro_batches"] == 3
+    assert metrics["pack/flops"] == 9 and metrics["pack/idle_fraction"] == pytest.approx(1 - 9 / 12)
 
 
 def test_evaluation_summary() -> None:

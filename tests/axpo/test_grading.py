@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axpo.grading import final_answer, grade, normalise
+from axpo.grading import Grader, Rubric, final_answer, normalise
+
+GRADER = Grader()
+
+
+def grade(text: str, answer: str, *, thinking: bool = True) -> float:
+    return GRADER.grade(text, Rubric((answer,)), thinking=thinking).reward
+
 
 SCORING = r"<answer>\boxed{7}</answer>"
 

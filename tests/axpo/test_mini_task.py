@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from axpo.grading import grade
+from axpo.grading import Grader
 from axpo.tasks import Question, get_task
 from axpo.tasks.build_mini import build_mini
 from axpo.tasks.mini import MiniTask
@@ -144,7 +144,7 @@ def test_teacher_is_right_and_calls_as_often_as_its_style_says(name: str) -> Non
     for question in sample("train", 300):
         messages = teacher(question, rng, style)
         last = f"{messages[-1]['reasoning_content']}\n</think>\n\n{messages[-1]['content']}"
-        assert grade(last, question.answer) == 1.0
+        assert Grader().grade(last, question.rubric).reward == 1.0
         called = len(messages) == 3
         calls[target(question)["large"]].append(called)
         if called:

@@ -1,11 +1,13 @@
 """The agent loop on the embedded model: turns, tools, limits, forks, and what the model is told of its mistakes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from axpo.conversation import Conversation
+from axpo.grading import Rubric
 from axpo.paths import model_directory
 from axpo.resample import find_candidates
 from axpo.rollout import Agent, Branch, Limits
@@ -82,8 +84,22 @@ def test_a_bad_call_is_answered_counted_and_survived(agent: Agent, questions: li
 def test_a_call_in_the_thinking_is_none(agent: Agent, questions: list) -> None:
     branch = fresh(agent, questions[0][1])
     text = "Perhaps <tool_call>\n{}\n</tool_call>\n</think>\n\n<answer>\\boxed{" + questions[0][1].answer + "}</answer>"
-    assert agent._end_turn(branch, says(agent, branch, text), LIMITS) == []
-    assert (branch.status, branch.reward, branch.calls) == ("answered", 1.0, [])
+    pending: dict = {}
+    agent._turn(branch, says(agent, branch, text), LIMITS, pending)
+    assert (branch.status, branch.reward, branch.calls, pending) == ("answered", 1.0, [], {})
+    branch.sequence.close()
+
+
+def test_a_slow_grade_is_made_on_a_worker_thread(agent: Agent, questions: list) -> None:
+    question = replace(questions[0][1], answer="1/2", rubric=Rubric(("1/2",), "math"))
+    branch = fresh(agent, question)
+    pending: dict = {}
+    text = "So.\n</think>\n\n<answer>\\boxed{0.5}</answer>"
+    agent._turn(branch, says(agent, branch, text), LIMITS, pending)
+    assert branch.status == "answered" and branch.grading
+    ((future, (waiting, take)),) = pending.items()
+    take(future.result(timeout=60))
+    assert waiting is branch and (branch.reward, branch.grading) == (1.0, False)
     branch.sequence.close()
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo.advantage import assign_credit
+from axpo.packing import pack_trees
 from axpo.trajectory import Trajectory
-from axpo.tree import PackedBatch, build_trees, pack_trees
+from axpo.tree import PackedBatch, build_trees
 from tests.axpo.factory import IMAGE, random_group, random_resamples
 
 Resamples = dict[str, list[Trajectory]]
