@@ -68,7 +68,9 @@ class Data(_Section):
         default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (your own questions and images)"
     )
     path: str = Field(
-        default="", description="task 'jsonl': file of rows {id, question, images: [paths], answer}, to train on"
+        default="",
+        description="task 'jsonl': file of rows to train on, {id, question, images: [paths], answer}; axpo.sft: "
+        "{id, messages}, conversations",
     )
     heldout_path: str = Field(
         default="", description="task 'jsonl': the same for evaluation; empty needs eval.questions = 0"
@@ -339,6 +341,8 @@ class Eval(_Section):
 
 class Log(_Section):
     tensorboard: bool = Field(default=True, description="write TensorBoard events")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases, which must be installed")
+    wandb_project: str = Field(default="axpo", min_length=1, description="project of the run there")
     console: bool = Field(default=True, description="show progress; without a terminal, one line a step")
     trees_in_report: CountOrOff = Field(default=8, description="question trees drawn in report.html")
 
@@ -393,12 +397,14 @@ class Config(_Section):
 
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
-    examples: Count = Field(default=20000, description="different teacher trajectories; an epoch goes through them all")
+    examples: Count = Field(default=20000, description="task 'mini': different teacher trajectories of an epoch")
     style: Literal["practice", "crops", "teacher"] = Field(
-        default="teacher", description="what to learn: to see, to read crops, or the imperfect teacher"
+        default="teacher", description="task 'mini': what to learn: to see, to read crops, or the imperfect teacher"
     )
+    tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
+    max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")
     image_label_weight: float = Field(
-        default=0.0, ge=0.0, le=10.0, description="weight of naming what every image token shows; 0 is off"
+        default=0.0, ge=0.0, le=10.0, description="task 'mini': weight of naming what every image token shows; 0 is off"
     )
     from_scratch: bool = Field(
         default=False, description="draw fresh weights; take only shapes and tokenizer from model.path"
@@ -409,7 +415,7 @@ class Sft(_Section):
 
 
 class SftConfig(_Section):
-    """Supervised fine-tuning on the task's teacher trajectories (axpo.sft)."""
+    """Supervised fine-tuning on a teacher's trajectories (axpo.sft)."""
 
     run: Run = Run(name="mini-sft")
     model: Model = Model()
@@ -427,12 +433,6 @@ class SftConfig(_Section):
                 f"train.updates_per_batch = {self.train.updates_per_batch}: axpo.sft makes one update a step; set it "
                 "to 1 and sft.batch_size to what an update shall see"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _task_has_a_teacher(self) -> SftConfig:
-        if self.data.task != "mini":
-            raise ValueError(f"data.task = {self.data.task!r}: only 'mini' has a teacher to learn from")
         return self
 
 

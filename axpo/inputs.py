@@ -8,8 +8,10 @@ import torch
 from axpo.config import Config
 from axpo.conversation import Conversation
 from axpo.distributed import be_deterministic, device, world_size
+from axpo.fit import check_fits
 from axpo.grading import Grader
 from axpo.learner import Learner
+from axpo.metrics import check_sinks
 from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.sharding import check_replicas
@@ -50,6 +52,8 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
             "ranks, which share the questions evenly"
         )
+    check_fits(config, device())
+    check_sinks(config.log)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")

@@ -25,6 +25,7 @@ from axpo.rollout import InterruptedRollouts, Limits
 from axpo.rundir import RunDir, cannot_write, write_json
 from axpo.stopping import Stop
 from axpo.tasks import Question
+from axpo.telemetry import Telemetry
 from axpo.trajectory import SAMPLED, Trajectory
 from axpo.weights_sync import push_weights
 
@@ -52,12 +53,14 @@ class Run:
             rank=rank(),
             tensorboard=config.log.tensorboard,
             console=config.log.console,
+            wandb=config.log.wandb_project if config.log.wandb else "",
         )
         self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
         self.learner = make_learner(config, inputs.source)
         self.spans = TracedSpans(heartbeat, torch.cuda.synchronize if device().type == "cuda" else None)
         self.life = Lifecycle(config, directory, self.learner, stop, heartbeat)
         self.agent.interrupted, self.agent.patience_s = self.life.interrupted, config.run.timeout_s
+        self.telemetry = Telemetry(device(), self.agent.llm)
         self.push_weights()
 
     def __enter__(self) -> "Run":
@@ -136,6 +139,7 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
+        metrics |= self.telemetry.metrics(seconds, metrics["pack/flops"] or 0.0)
         metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
         try:
             self.log.log(step, metrics | self.synced.metrics() | seconds)

@@ -21,6 +21,7 @@ def main() -> None:
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
     from axpo.checkpoint_record import CheckpointError
+    from axpo.fit import check_devices
     from axpo.heartbeat import Heartbeat
     from axpo.inputs import check_inputs
     from axpo.learner import NonFiniteError
@@ -34,6 +35,7 @@ def main() -> None:
         raise SystemExit(replay(config.debug.replay))
     stop = Stop(config.run.time_limit_s)
     try:
+        check_devices()
         distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_inputs(config)
         run = open_run(config, lambda: fingerprint(inputs.task))
