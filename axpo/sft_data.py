@@ -2,13 +2,15 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from axpo.config import SftConfig
 from axpo.conversation import Conversation
 from axpo.order import shuffled
-from axpo.tasks import get_task
+from axpo.resume import hash_files
+from axpo.tasks import fingerprint, get_task
 from axpo.tasks.conversations import ConversationFile
 from axpo.tasks.teacher import STYLES, Row, sft_row
 from axpo.tools import tool_class
@@ -39,6 +41,13 @@ class SftData:
         else:
             self._task = get_task(config.data.task)
         self._tree = lru_cache(CACHED if self._file is None else 0)(self._make_tree)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, number and content of what is learned from; of a file its own bytes, not those of its images."""
+        if self._file is None:
+            return fingerprint(self._task)
+        path = Path(self.config.data.path)
+        return {"task": "jsonl", "questions": len(self), "sha256": hash_files([path])}
 
     def __len__(self) -> int:
         """Different examples; an epoch goes through them all."""
