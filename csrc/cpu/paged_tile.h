@@ -1,9 +1,8 @@
 // The pieces of paged attention that work on one tile: what it is made of, products, softmax. See paged_attention.cpp.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include "attention.h"
+#include "lanes.h"
 
 namespace {
 
@@ -53,45 +52,6 @@ int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group)
 int64_t scratch_size(int64_t group, int64_t dim) {
   const int64_t rows = (max_rows(group) + 7) / 8 * 8;
   return rows * (strips(dim) * kStrip + kScores + 2 * dim + 6) + strips(dim) * kStrip * kGroup;
-}
-
-// Vectors of kLanes floats. Lanes are different keys or different columns of the output, never parts of one sum, so
-// their number does not change a result.
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef float f32x16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint16_t u16x16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
-
-template <int kLanes>
-struct Lanes;
-
-template <>
-struct Lanes<8> {
-  using V = f32x8;
-  static AXPO_INLINE V load(const float* p) { return load8(p); }
-  static AXPO_INLINE V load(const c10::BFloat16* p) {
-    const u16x8_unaligned bits = *reinterpret_cast<const u16x8_unaligned*>(p);
-    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x8) << 16);
-  }
-  static AXPO_INLINE void store(float* p, V v) { store8(p, v); }
-};
-
-template <>
-struct Lanes<16> {
-  using V = f32x16;
-  static AXPO_INLINE V load(const float* p) { return *reinterpret_cast<const f32x16_unaligned*>(p); }
-  static AXPO_INLINE V load(const c10::BFloat16* p) {
-    const u16x16_unaligned bits = *reinterpret_cast<const u16x16_unaligned*>(p);
-    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x16) << 16);
-  }
-  static AXPO_INLINE void store(float* p, V v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
-};
-
-AXPO_INLINE void store_row8(float* p, f32x8 v) { store8(p, v); }
-AXPO_INLINE void store_row8(c10::BFloat16* p, f32x8 v) {  // rounds to nearest, ties to even
-  for (int i = 0; i < 8; ++i) p[i] = c10::BFloat16(v[i]);
 }
 
 // An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` elements apart in one

@@ -286,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& se
   const int64_t* k = top_k_c.const_data_ptr<int64_t>();
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float *logprob_out = logprob.mutable_data_ptr<float>(), *entropy_out = entropy.mutable_data_ptr<float>();
-  const Rows in = rows_of(logits);
+  const Rows<float> in = rows_of(logits);
   at::parallel_for(0, rows, grain_rows(n), [&](int64_t begin, int64_t end) {
     Scratch scratch;
     scratch.z.resize((n + kBlock - 1) / kBlock * kBlock);

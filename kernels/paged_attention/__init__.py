@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kernels._library import LOADED, choose
+from kernels._library import FP32_BF16, LOADED, choose
 from kernels.paged_attention.plan import PagedPlan, PagedTile, PlanOverflow, build, fixed_plan, upload
 from kernels.paged_attention.reference import paged_attention_reference
 
@@ -16,8 +16,6 @@ __all__ = [
     "paged_attention_reference",
     "paged_plan",
 ]
-
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def paged_attention(
@@ -61,7 +59,7 @@ def paged_attention(
         and k_cache.stride(-1) == 1
     )
     chosen = choose(
-        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=_CPP_DTYPES
+        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=FP32_BF16
     )
     if chosen == "reference":
         return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
