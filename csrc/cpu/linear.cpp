@@ -18,30 +18,27 @@
 
 namespace {
 
-template <class T, class Out>
+template <class T>
 struct Problem {
   const float* x;  // strips [x_strips][m][16], zeros behind the K columns
   const T* weight;
   const T* bias;  // or nullptr
-  Out* out;       // [m, n]
   int64_t m, n, k, stride;  // stride: elements from one row of the weight to the next
+  int64_t out_stride;
 };
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
-int64_t linear_scratch(int lanes) { return (kDepth + kBlockRows) * 2 * lanes; }
-
-// Rows `row` .. `row + rows` of x times the tiles of the weight that begin at its rows first, first + 2 kLanes, … below
-// `end`.
+// out[r][c] = row `row + r` of x times row `first + c` of the weight, up to `end`.
 template <int kLanes, class T, class Out>
-AXPO_INLINE void tiles(const Problem<T, Out>& p, int64_t row, int64_t rows, int64_t first, int64_t end,
+AXPO_INLINE void tiles(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out,
                        float* scratch) {
   constexpr int64_t kColumns = 2 * kLanes, kUnit = 64 / sizeof(T);
   float* panel = scratch;
   float* sums = panel + kDepth * kColumns;
   const int64_t blocks = parts(rows, kProductRows<kLanes>);
   for (int64_t n = first; n < end; n += kColumns) {
-    const int64_t columns = std::min(kColumns, p.n - n);
+    const int64_t columns = std::min(kColumns, end - n);
     if (p.k == 0) std::fill_n(sums, rows * kColumns, 0.0f);
     for (int64_t k = 0; k < p.k; k += kDepth) {
       const int64_t depth = std::min(kDepth, p.k - k), strip_count = parts(depth, kUnit) * kUnit / kStrip;
@@ -49,7 +46,7 @@ AXPO_INLINE void tiles(const Problem<T, Out>& p, int64_t row, int64_t rows, int6
       // What is packed next: the columns behind these, or the beginning of the tile behind this one.
       const bool same = k + kDepth < p.k;
       const int64_t next_n = same ? n : n + kColumns, next_k = same ? k + kDepth : 0;
-      const int64_t next_rows = next_n < end ? std::min(kColumns, p.n - next_n) : 0;
+      const int64_t next_rows = next_n < end ? std::min(kColumns, end - next_n) : 0;
       const int64_t next_lines = parts(std::min(kDepth, p.k - next_k), kUnit);
       Ahead ahead{reinterpret_cast<const char*>(p.weight + next_n * p.stride + next_k),
                   p.stride * static_cast<int64_t>(sizeof(T)), next_rows, next_rows ? next_lines : 0};
@@ -62,7 +59,7 @@ AXPO_INLINE void tiles(const Problem<T, Out>& p, int64_t row, int64_t rows, int6
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* from = sums + r * kColumns;
-      Out* to = p.out + (row + r) * p.n + n;
+      Out* to = out + r * p.out_stride + n - first;
       if (p.bias != nullptr) {
         for (int64_t i = 0; i < columns; ++i) from[i] += load_one(p.bias + n + i);
       }
@@ -81,19 +78,31 @@ bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
 bool has_wide() { return false; }
 #endif
 // One clone of each combination: templates cannot be cloned.
-#define AXPO_TILES(T, Out)                                                                                            \
-  AXPO_WIDE void tiles_wide(const Problem<T, Out>& p, int64_t row, int64_t rows, int64_t first, int64_t end,          \
-                            float* scratch) {                                                                         \
-    tiles<16>(p, row, rows, first, end, scratch);                                                                     \
-  }                                                                                                                   \
-  AXPO_CLONES void tiles_narrow(const Problem<T, Out>& p, int64_t row, int64_t rows, int64_t first, int64_t end,      \
-                                float* scratch) {                                                                     \
-    tiles<8>(p, row, rows, first, end, scratch);                                                                      \
+#define AXPO_TILES(T, Out)                                                                                         \
+  AXPO_WIDE void tiles_wide(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out,  \
+                            float* scratch) {                                                                      \
+    tiles<16>(p, row, rows, first, end, out, scratch);                                                             \
+  }                                                                                                                \
+  AXPO_CLONES void tiles_narrow(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end,        \
+                                Out* out, float* scratch) {                                                        \
+    tiles<8>(p, row, rows, first, end, out, scratch);                                                              \
   }
 AXPO_TILES(float, float)
 AXPO_TILES(bf16, bf16)
 AXPO_TILES(bf16, float)
 #undef AXPO_TILES
+
+const bool kWide = has_wide();
+const int kWidth = kWide ? 32 : 16;  // columns of a tile
+
+template <class T, class Out>
+void part(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out, float* scratch) {
+  if (kWide) {
+    tiles_wide(p, row, rows, first, end, out, scratch);
+  } else {
+    tiles_narrow(p, row, rows, first, end, out, scratch);
+  }
+}
 
 AXPO_CLONES void to_strips(const float* x, int64_t k, int64_t stride, float* out) {
   for (int64_t i = 0; i < k; i += kStrip) {
@@ -108,37 +117,44 @@ AXPO_CLONES void to_strips(const bf16* x, int64_t k, int64_t stride, float* out)
   for (int64_t j = 0; i < k && j < kStrip; ++j) out[i / kStrip * stride + j] = i + j < k ? load_one(x + i + j) : 0.0f;
 }
 
-template <class T, class Out>
-void product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out) {
+template <class T>
+Buffer strips_of(const at::Tensor& x, int64_t rows) {
   constexpr int64_t kUnit = 64 / sizeof(T);
-  const int64_t k = weight.size(1), n = weight.size(0), m = out.numel() / n;
-  const int64_t x_strips = parts(k, kUnit) * kUnit / kStrip;
-  const Buffer strips = buffer(x_strips * m * kStrip);
+  const int64_t k = x.size(-1), strip_count = parts(k, kUnit) * kUnit / kStrip;
+  Buffer out = buffer(strip_count * rows * kStrip);
   const T* from = x.const_data_ptr<T>();
-  at::parallel_for(0, m, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(k, 1)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, (1 << 16) / (k + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      to_strips(from + r * k, k, m * kStrip, strips.get() + r * kStrip);
-      for (int64_t s = parts(k, kStrip); s < x_strips; ++s) {
-        std::fill_n(strips.get() + (s * m + r) * kStrip, kStrip, 0.0f);
+      to_strips(from + r * k, k, rows * kStrip, out.get() + r * kStrip);
+      for (int64_t s = parts(k, kStrip); s < strip_count; ++s) {
+        std::fill_n(out.get() + (s * rows + r) * kStrip, kStrip, 0.0f);
       }
     }
   });
-  const Problem<T, Out> p{strips.get(), weight.const_data_ptr<T>(), bias.defined() ? bias.const_data_ptr<T>() : nullptr,
-                          out.mutable_data_ptr<Out>(), m, n, k, weight.stride(0)};
-  static const bool wide = has_wide();
-  const int lanes = wide ? 16 : 8;
+  return out;
+}
+
+template <class T>
+Problem<T> problem(const float* strips, int64_t rows, const at::Tensor& weight, const at::Tensor& bias,
+                   int64_t out_stride) {
+  return {strips,         weight.const_data_ptr<T>(), bias.defined() ? bias.const_data_ptr<T>() : nullptr, rows,
+          weight.size(0), weight.size(1),             weight.stride(0),                                    out_stride};
+}
+
+template <class T, class Out>
+void product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out) {
+  const int64_t n = weight.size(0), m = out.numel() / n;
+  const Buffer strips = strips_of<T>(x, m);
+  const Problem<T> p = problem<T>(strips.get(), m, weight, bias, n);
+  Out* to = out.mutable_data_ptr<Out>();
   // About eight tasks a thread keep the threads balanced.
-  const int64_t row_blocks = parts(m, kBlockRows), tile_count = parts(n, 2 * lanes);
+  const int64_t row_blocks = parts(m, kBlockRows), tile_count = parts(n, kWidth);
   const int64_t run = std::max<int64_t>(1, row_blocks * tile_count / (8 * at::get_num_threads()));
-  const int64_t runs = parts(tile_count, std::min(run, tile_count)), width = parts(tile_count, runs) * 2 * lanes;
-  parallel_items(row_blocks * runs, linear_scratch(lanes), [&](int64_t item, float* scratch) {
+  const int64_t runs = parts(tile_count, std::min(run, tile_count)), width = parts(tile_count, runs) * kWidth;
+  parallel_items(row_blocks * runs, axpo::product_scratch(), [&](int64_t item, float* scratch) {
     const int64_t row = item / runs * kBlockRows, first = item % runs * width;
     const int64_t rows = std::min<int64_t>(kBlockRows, m - row), end = std::min(n, first + width);
-    if (wide) {
-      tiles_wide(p, row, rows, first, end, scratch);
-    } else {
-      tiles_narrow(p, row, rows, first, end, scratch);
-    }
+    if (first < end) part(p, row, rows, first, end, to + row * n + first, scratch);
   });
 }
 
@@ -173,6 +189,20 @@ at::Tensor axpo::linear(const at::Tensor& x, const at::Tensor& weight, const std
     product<bf16, bf16>(x_c, weight_c, bias_c, out);
   }
   return out;
+}
+
+int64_t axpo::product_scratch() { return (kDepth + kBlockRows) * kWidth; }
+
+axpo::Strips::Strips(const at::Tensor& x)
+    : rows(x.size(0)), memory(x.scalar_type() == at::kBFloat16 ? strips_of<bf16>(x, rows) : strips_of<float>(x, rows)) {}
+
+void axpo::Strips::times(const at::Tensor& weight, int64_t row, int64_t count, int64_t first, int64_t end, float* out,
+                         int64_t out_stride, float* scratch) const {
+  if (weight.scalar_type() == at::kBFloat16) {
+    part(problem<bf16>(memory.get(), rows, weight, {}, out_stride), row, count, first, end, out, scratch);
+  } else {
+    part(problem<float>(memory.get(), rows, weight, {}, out_stride), row, count, first, end, out, scratch);
+  }
 }
 
 TORCH_LIBRARY_FRAGMENT(axpo, m) {
