@@ -1,4 +1,4 @@
-"""`kernels.linear` beside torch's product on the CPU, at the projections of a 0.2 to 0.6 B model: `python bench/linear.py`.
+"""`kernels.linear` beside torch's product on the CPU, at a small model's projections: `python bench/linear.py`.
 
 One thread, processor seconds, the two in turns over weights that do not fit into the cache together, the best of seven:
 other work on the machine disturbs it little. The floor is a product of 1024 × 1024 fp32 matrices, measured in the same
@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import linear  # noqa: E402
-from kernels.linear import linear_reference  # noqa: E402
+from kernels import linear
+from kernels.linear import linear_reference
 
 SHAPES = {"gate, up": (6144, 1024), "down": (1024, 3072), "q, k, v": (4096, 1024)}  # [N, K]
 COPIES = 12  # of the weight
@@ -42,12 +42,12 @@ def main() -> None:
                     lambda: square @ square,
                 )
                 ours, other = ours / len(weights), other / len(weights)
-                size = weights[0].nbytes
-                print(
-                    f"| {dtype} | {rows} | {name} {n} × {k} | {ours * 1e3:.3f} | {other * 1e3:.3f} | {other / ours:.2f} | "
-                    f"{2 * rows * n * k / ours / 1e9:.0f} | {2 * 1024**3 / floor / 1e9:.0f} | {size / ours / 1e9:.1f} |",
-                    flush=True,
-                )
+                times = [f"{ours * 1e3:.3f}", f"{other * 1e3:.3f}", f"{other / ours:.2f}"]
+                rates = [
+                    f"{flops / took / 1e9:.0f}" for flops, took in ((2 * rows * n * k, ours), (2 * 1024**3, floor))
+                ]
+                cells = [dtype, str(rows), f"{name} {n} × {k}", *times, *rates, f"{weights[0].nbytes / ours / 1e9:.1f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def best(*functions: Callable[[], object], rounds: int = 7) -> list[float]:

@@ -8,7 +8,13 @@ from kernels._library import FP32_BF16, LOADED, MODE, use_cpp
 def can_run_layers(k_cache: torch.Tensor) -> bool:
     """Whether `decoder_layer` serves this cache, [num_blocks, Hk, block_size, D]."""
     _, _, block_size, dim = k_cache.shape
-    return MODE in ("auto", "cpp") and use_cpp(k_cache, dtypes=FP32_BF16) and dim % 8 == 0 and dim <= 256 and block_size % 8 == 0
+    return (
+        MODE in ("auto", "cpp")
+        and use_cpp(k_cache, dtypes=FP32_BF16)
+        and dim % 8 == 0
+        and dim <= 256
+        and block_size % 8 == 0
+    )
 
 
 def decoder_layer(

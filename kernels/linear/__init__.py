@@ -23,13 +23,15 @@ def linear(
     backend: "cpp" (fp32 or bf16 on the CPU, where no gradient is needed) or "reference" (torch's own product: what a
     gradient goes through, and on CUDA cuBLAS, so there is no Triton form); default: the best that can serve the call.
 
-    In C++ a result depends on its row of x and on the weight alone, bit for bit: not on the other rows, on the number of
-    threads or on the processor's vectors. Raises ValueError for shapes that disagree.
+    In C++ a result depends on its row of x and on the weight alone, bit for bit: not on the other rows, the number of
+    threads or the processor's vectors. Raises ValueError for shapes that disagree.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x {list(x.shape)} and weight {list(weight.shape)} must be [..., K] and [N, K]")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias {list(bias.shape)} needs one entry for each of the {len(weight)} rows of weight")
+        raise ValueError(
+            f"linear: bias {list(bias.shape)} needs one entry for each of the {len(weight)} rows of weight"
+        )
     differentiates = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -43,7 +45,5 @@ def linear(
 if LOADED:
 
     @torch.library.register_fake("axpo::linear")
-    def _(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False
-    ) -> torch.Tensor:
+    def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], len(weight)), dtype=torch.float32 if wide else x.dtype)

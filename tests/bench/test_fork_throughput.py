@@ -136,6 +136,9 @@ def test_floors_and_shares():
     assert floors.copy(5e8) == 1.0
     assert fork_report.equal_share([[1, 2], [3]], [[1, 5], [3, 4]]) == pytest.approx(2 / 3)
     row = {"prefix": 64, "forks": 4, "fork_to_first_token_s": 0.1, "decode_tokens_per_s": 50.0, "system": "a"}
-    others = [{**row, "system": "b", "decode_tokens_per_s": 100.0}, {**row, "system": "c", "fork_to_first_token_s": 2.0}]
+    others = [
+        {**row, "system": "b", "decode_tokens_per_s": 100.0},
+        {**row, "system": "c", "fork_to_first_token_s": 2.0},
+    ]
     text = fork_report.render_grid([row, *others], "a", "b", "c")
     assert "loses" in text and "0.50x" in text and "20.00x" in text
