@@ -119,7 +119,7 @@ def test_the_reference_serves_every_dtype(generator):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"x \[2, 5\] and weight \[3, 4\] must be \[..., K\] and \[N, K\]"):
         linear(torch.ones(2, 5), torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"bias \[2\] needs an entry for each of the 3 rows"):
+    with pytest.raises(ValueError, match=r"bias \[2\] needs one entry for each of the 3 rows"):
         linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(2))
     with pytest.raises(ValueError, match="linear: backend='triton' cannot serve this call"):
         linear(torch.ones(2, 4), torch.ones(3, 4), backend="triton")
