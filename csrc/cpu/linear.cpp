@@ -3,7 +3,7 @@
 // A task is a few neighbouring tiles of 2 kLanes weight rows. Of a tile, kDepth columns at a time are transposed (and
 // widened) into a panel that stays in the L1 cache, and every block of rows of x is multiplied with it. So a weight is
 // read from memory once for each kBlockRows rows. bf16 is widened because a processor's fp32 multiply-adds are at
-// least as fast as its bf16 ones where there are no matrix units (half as fast on Sapphire and Emerald Rapids).
+// least as fast as its bf16 ones where there are no matrix units (on Emerald Rapids vdpbf16ps has half their rate).
 //
 // A result is one chain of multiply-adds in the order of k, so its bits depend on its row of x and of the weight alone:
 // not on the other rows, nor on the threads, nor on the width of the vectors.
