@@ -17,7 +17,7 @@ from engine.logits import details
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
-from kernels import sample
+from kernels import linear_sample, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,14 @@ class Runner:
             temperature, top_p, min_p = (
                 np.append(column, more) for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
             )
-        logits = self.model.logits(hidden)
         shaped = [(row, batch.requests[row]) for row in batch.shaped]
         shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
+        if not (shaped or hidden.is_cuda or top_k.any() or min_p.any() or (top_p < 1).any()):
+            # On a CPU the same bits as below: what a row says does not depend on what others in the batch ask for.
+            rows = self._tensor(seeds), self._tensor(noise_positions), self._tensor(temperature)
+            drawn = linear_sample(hidden, self.model.head_weight, *rows, self._banned)
+            return Sampled(requests, drawn[0].numpy(), drawn[1].tolist(), drawn[2].tolist())
+        logits = self.model.logits(hidden)
         raw = {row: logits[row].clone() for row, _ in shaped}
         for row, request in shaped:
             assert request.shaper is not None

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kernels._library import LOADED, MODE, TRITON, choose
+from kernels._library import FP32_BF16, LOADED, MODE, TRITON, choose
 from kernels.paged_attention.plan import PagedPlan, PagedTile, PlanOverflow, build, fixed_plan, upload
 from kernels.paged_attention.reference import paged_attention_reference
 
@@ -17,8 +17,6 @@ __all__ = [
     "paged_plan",
     "why_not_compiled",
 ]
-
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def paged_attention(
@@ -62,7 +60,7 @@ def paged_attention(
         and k_cache.stride(-1) == 1
     )
     chosen = choose(
-        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=_CPP_DTYPES
+        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=FP32_BF16
     )
     if chosen == "reference":
         return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
@@ -141,7 +139,7 @@ def why_not_compiled(
         return f"block_size {block_size} does not divide the split of {split} tokens" if split % block_size else None
     if not LOADED:
         return "the C++ kernels are not built; python setup.py build_ext --inplace"
-    if dtype not in _CPP_DTYPES:
+    if dtype not in FP32_BF16:
         return f"dtype is {dtype}, and the C++ kernel takes fp32 and bf16"
     if head_dim % 8 or head_dim > 256:
         return f"head_dim is {head_dim}, and the C++ kernel takes multiples of 8 up to 256"
