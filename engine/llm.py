@@ -286,7 +286,7 @@ class LLM:
             raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
         self.weight_version += 1
         fuse_projections(self.model)  # parameters may have been pointed at the trainer's storage
-        self.runner.vision.clear()
+        self.runner.weights_updated()
         self.reset_prefix_cache()
         for sequence in self.sequences.values():
             sequence.drop_kv()

@@ -13,7 +13,7 @@ from engine.batch import DecodeBatch
 from engine.images import ImageInput
 from engine.logits import details
 from engine.memory import KVCache
-from engine.models import Qwen3VL, VisionFeatures, VisionInput
+from engine.models import PackedModel, Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
 from kernels import PagedPlan, can_run_layers, paged_plan, sample
@@ -57,32 +57,32 @@ class Runner:
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
         self._scale = model.config.text.head_dim**-0.5
         self._whole_layers = can_run_layers(kv.layer(0)[0])
+        self.packed = PackedModel(model, kv) if PackedModel.serves(model, kv) else None
+
+    def weights_updated(self) -> None:
+        """Drops what was computed, or packed, from the old weights."""
+        self.vision.clear()
+        if self.packed is not None:
+            self.packed.refresh()
 
     @torch.inference_mode()
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
         """Computes the rows' and the chunks' tokens and samples a token for all that are complete and want one."""
         computed = [chunk for chunk in chunks if chunk.stop > chunk.start]
-        hidden = None
+        rows: list[Tensor] = []
+        requests: list[Request] = []
         if len(batch) or computed:
-            packed = pack(batch, computed, self.block_size)
-            attention = PagedAttention(
-                self.kv,
-                self._tensor(packed.tables),
-                self._tensor(packed.cu_seqlens),
-                self._tensor(packed.context_lens),
-                self._tensor(packed.slots),
-                None if packed.writes is None else self._tensor(packed.writes),
-                self._scale,
-                self._plan(packed),
-                self._whole_layers,
-            )
-            hidden = self.model(
-                self._tensor(packed.token_ids),
-                self._tensor(packed.position_ids),
-                attention,
-                self._vision(computed, len(batch)),
-            )
-        rows, requests = self._last_rows(hidden, computed, len(batch))
+            last, ends = last_rows(computed, len(batch))
+            hidden = self._hidden(pack(batch, computed, self.block_size), last, self._vision(computed, len(batch)))
+            keep = list(range(len(batch)))
+            for row, chunk in enumerate(ends, len(batch)):
+                if chunk.request.samples:
+                    keep.append(row)
+                    requests.append(chunk.request)
+                else:  # it is only prefilled
+                    chunk.request.sequence.last_hidden = hidden[row].clone()
+            if keep:
+                rows.append(hidden if len(keep) == len(hidden) else hidden[keep])
         for chunk in chunks:
             chunk.request.sequence.num_computed = chunk.stop
             if chunk.start == chunk.stop and chunk.request.samples:
@@ -91,33 +91,28 @@ class Runner:
                 requests.append(chunk.request)
         return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
 
+    def _hidden(self, packed: Packed, rows: npt.NDArray[np.int64], vision: VisionInput | None) -> Tensor:
+        """Final hidden states of some rows of the step, [n, H]."""
+        if self.packed is not None:
+            return self.packed.hidden(packed, self._tensor(rows), vision, self.share_prefixes)
+        attention = PagedAttention(
+            self.kv,
+            self._tensor(packed.tables),
+            self._tensor(packed.cu_seqlens),
+            self._tensor(packed.context_lens),
+            self._tensor(packed.slots),
+            None if packed.writes is None else self._tensor(packed.writes),
+            self._scale,
+            self._plan(packed),
+            self._whole_layers,
+        )
+        hidden = self.model(self._tensor(packed.token_ids), self._tensor(packed.position_ids), attention, vision)
+        return hidden if len(rows) == len(hidden) else hidden[self._tensor(rows)]
+
     def _plan(self, packed: Packed) -> PagedPlan:
         """Made from what the host has, once for all layers."""
         heads, cache = self.model.config.text.num_heads, self.kv.layer(0)[0]
         return paged_plan(packed.tables, packed.cu_seqlens, packed.context_lens, heads, cache, self.share_prefixes)
-
-    def _last_rows(self, hidden: Tensor | None, chunks: list[Chunk], row: int) -> tuple[list[Tensor], list[Request]]:
-        """The hidden rows to sample from: all decoding rows, and the last row of each chunk that ends its sequence.
-
-        A request that only prefills leaves its last row with the sequence.
-        """
-        if hidden is None:
-            return [], []
-        last, requests, decoding = [], [], row
-        for chunk in chunks:
-            row += chunk.stop - chunk.start
-            sequence = chunk.request.sequence
-            if chunk.stop == len(sequence):
-                if chunk.request.samples:
-                    last.append(row - 1)
-                    requests.append(chunk.request)
-                else:
-                    sequence.last_hidden = hidden[row - 1].clone()
-        if not last:
-            return [hidden[:decoding]] if decoding else [], requests
-        if decoding + len(last) == len(hidden):
-            return [hidden], requests
-        return [hidden[self._tensor(np.concatenate([np.arange(decoding), last]))]], requests
 
     def _vision(self, chunks: list[Chunk], row: int) -> VisionInput | None:
         """The rows of the images' features that fall into the chunks, and where they go in the packed batch."""
@@ -150,7 +145,7 @@ class Runner:
             temperature, top_p, min_p = (
                 np.append(column, more) for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
             )
-        logits = self.model.logits(hidden)
+        logits = (self.packed or self.model).logits(hidden)
         shaped = [(row, batch.requests[row]) for row in batch.shaped]
         shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
         raw = {row: logits[row].clone() for row, _ in shaped}
@@ -182,6 +177,18 @@ class Runner:
 
 
 NOTHING = Sampled([], np.empty(0, dtype=np.int64), [], [])
+
+
+def last_rows(chunks: list[Chunk], row: int) -> tuple[npt.NDArray[np.int64], list[Chunk]]:
+    """Packed rows whose hidden states are of use: the `row` decoding rows, then the last one of each chunk that ends
+    its sequence; and these chunks."""
+    last, ends = list(range(row)), []
+    for chunk in chunks:
+        row += chunk.stop - chunk.start
+        if chunk.stop == len(chunk.request.sequence):
+            last.append(row - 1)
+            ends.append(chunk)
+    return np.asarray(last, dtype=np.int64), ends
 
 
 def pack(batch: DecodeBatch, chunks: list[Chunk], block_size: int) -> Packed:

@@ -1,0 +1,102 @@
+"""Whole steps of a small model in one call to C++, for inference on the CPU: all layers, the LM head, the vision tower.
+
+A thread takes a share of the sequences (or images) through all layers by itself, with its own matrix products over
+weights packed for them. There is no barrier between operators, and a row's result does not depend on the batch, on what
+is shared, or on the threads.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels._library import LOADED, MODE, use_cpp
+
+PANEL = 32  # columns of a packed weight that lie together
+
+
+def can_pack(kv: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether `packed_forward` serves a model with these weights over this cache, [L, 2, blocks, Hk, block_size, D]."""
+    sizes = [size for weight in weights for size in weight.shape]
+    block_size, dim = kv.shape[4:]
+    fits = dim % 16 == 0 and dim <= 256 and block_size % 8 == 0 and all(size % 16 == 0 for size in sizes)
+    return MODE in ("auto", "cpp") and use_cpp(kv, *weights) and fits
+
+
+def pack_panels(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [ceil(N / 32), K, 32], padded with zeros: how products read a weight."""
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Two [I, H] -> [I / 16, H, 32]: each panel holds 16 gates, then their 16 ups."""
+    half = PANEL // 2
+    both = torch.cat([weight.view(-1, half, weight.shape[1]) for weight in (gate, up)], dim=1)
+    return both.transpose(1, 2).contiguous()
+
+
+def packed_linear(x: torch.Tensor, panels: torch.Tensor, columns: int) -> torch.Tensor:
+    """x [M, K] times a packed weight of `columns` rows -> [M, columns]. A row's bits depend on that row alone."""
+    return torch.ops.axpo.packed_linear.default(x, panels, columns)
+
+
+def packed_forward(
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    embedding: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    writes: torch.Tensor | None,
+    tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+    wanted: torch.Tensor,
+    image_rows: torch.Tensor | None,
+    features: list[torch.Tensor],
+    eps: float,
+    scale: float,
+    share: bool = True,
+) -> torch.Tensor:
+    """Hidden states behind the final norm, [n, H], of the `wanted` rows of a step: last rows of sequences, ascending.
+
+    tokens: [T]; positions: [3, T] int64; embedding: [V, H]; weights: nine a layer: input norm [H], q, k and v (packed),
+    q norm [D], k norm [D], o (packed), post-attention norm [H], gate and up (pack_gate_up), down (packed), where k and
+    v are one weight; norm: [H]; angles: axis [D/2] int64, which of the three positions turns a pair, and cos, sin
+    [P, D/2] of every position. kv: [L, 2, blocks, Hk, block_size, D], written to; slots, writes, tables, cu_seqlens,
+    context_lens as in `write_kv` and `paged_attention`. features: [m, H] each: the first replaces the embeddings of the
+    rows `image_rows` (ascending), the others are added to them behind the first layers.
+    fp32 on the CPU; there is no gradient. Raises ValueError or IndexError for what does not fit.
+    """
+    return torch.ops.axpo.packed_forward.default(
+        tokens,
+        positions,
+        embedding,
+        weights,
+        norm,
+        *angles,
+        kv,
+        slots,
+        writes,
+        tables,
+        cu_seqlens,
+        context_lens,
+        wanted,
+        image_rows,
+        features,
+        eps,
+        scale,
+        share,
+    )
+
+
+if LOADED:
+
+    @torch.library.register_fake("axpo::packed_linear")
+    def _(x, panels, columns):
+        return x.new_empty(len(x), columns)
+
+    @torch.library.register_fake("axpo::packed_forward")
+    def _(tokens, positions, embedding, weights, norm, axis, cos, sin, kv, slots, writes, tables, starts, lens, wanted, *_):
+        return embedding.new_empty(len(wanted), embedding.shape[1])
