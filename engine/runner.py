@@ -13,7 +13,7 @@ from engine.batch import DecodeBatch
 from engine.images import ImageInput
 from engine.logits import details
 from engine.memory import KVCache
-from engine.models import PackedModel, Qwen3VL, VisionFeatures, VisionInput
+from engine.models import PackedModel, PackedVision, Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
 from kernels import PagedPlan, can_run_layers, paged_plan, sample
@@ -61,7 +61,7 @@ class Runner:
 
     def weights_updated(self) -> None:
         """Drops what was computed, or packed, from the old weights."""
-        self.vision.clear()
+        self.vision.weights_updated()
         if self.packed is not None:
             self.packed.refresh()
 
@@ -233,6 +233,8 @@ class VisionCache:
     def __init__(self, model: Qwen3VL, max_bytes: int):
         self.model = model
         self.max_bytes = max_bytes
+        tower = model.model.visual if model.config.vision is not None else None
+        self._packed = PackedVision(tower) if tower is not None and PackedVision.serves(tower) else None
         self.encoded = 0
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
@@ -241,13 +243,19 @@ class VisionCache:
         self._entries.clear()
         self._bytes = 0
 
+    def weights_updated(self) -> None:
+        self.clear()
+        if self._packed is not None:
+            self._packed.refresh()
+
     def encode(self, images: list[ImageInput]) -> dict[bytes, VisionFeatures]:
         """Features of all `images` by key; the ones not cached are encoded in one packed pass."""
         new = {image.key: image for image in images if image.key not in self._entries}
         if new:
             device = next(self.model.parameters()).device
             pixels = torch.cat([image.pixel_values for image in new.values()]).to(device)
-            features = self.model.model.visual(pixels, torch.tensor([image.grid_thw for image in new.values()]))
+            grids = [image.grid_thw for image in new.values()]
+            features = self._packed(pixels, grids) if self._packed else self.model.model.visual(pixels, torch.tensor(grids))
             row = 0
             for key, image in new.items():
                 self._entries[key] = features.rows(row, row + image.num_tokens)

@@ -3,12 +3,14 @@
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
 from engine.models.fused import fuse_projections, pack_projections
 from engine.models.packed import PackedModel
+from engine.models.packed_vision import PackedVision
 from engine.models.qwen3_vl import Predict, Qwen3VL
 from engine.models.vision import VisionFeatures, VisionInput
 
 __all__ = [
     "ModelConfig",
     "PackedModel",
+    "PackedVision",
     "Predict",
     "Qwen3VL",
     "TextConfig",

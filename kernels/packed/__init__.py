@@ -18,7 +18,12 @@ def can_pack(kv: torch.Tensor, *weights: torch.Tensor) -> bool:
     sizes = [size for weight in weights for size in weight.shape]
     block_size, dim = kv.shape[4:]
     fits = dim % 16 == 0 and dim <= 256 and block_size % 8 == 0 and all(size % 16 == 0 for size in sizes)
-    return MODE in ("auto", "cpp") and use_cpp(kv, *weights) and fits
+    return fits and can_pack_tensors(kv, *weights)
+
+
+def can_pack_tensors(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ is there and takes tensors of this dtype and device."""
+    return MODE in ("auto", "cpp") and use_cpp(*tensors)
 
 
 def pack_panels(weight: torch.Tensor) -> torch.Tensor:
@@ -32,6 +37,11 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     half = PANEL // 2
     both = torch.cat([weight.view(-1, half, weight.shape[1]) for weight in (gate, up)], dim=1)
     return both.transpose(1, 2).contiguous()
+
+
+def pack_bias(bias: torch.Tensor) -> torch.Tensor:
+    """[N] padded with zeros to whole panels."""
+    return F.pad(bias, (0, -len(bias) % PANEL))
 
 
 def packed_linear(x: torch.Tensor, panels: torch.Tensor, columns: int) -> torch.Tensor:
@@ -91,7 +101,36 @@ def packed_forward(
     )
 
 
+def packed_vision(
+    pixels: torch.Tensor,
+    lengths: torch.Tensor,
+    tables: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    levels: list[int],
+    blocks: int,
+    heads: int,
+    unit: int,
+    width: int,
+    eps: float,
+) -> torch.Tensor:
+    """Qwen3-VL's vision tower over frames of `lengths` [F] patches: [1 + levels, tokens, width], the embeddings first.
+
+    pixels: [P, patch_dim]; tables: of each frame learned positions [p, H], cos and sin [p, H / heads / 2]; weights,
+    where a linear is its packed weight and its padded bias and a norm its weight and bias: patch embedding; of each
+    block norm, qkv, projection, norm, fc1, fc2; of the merger, then of DeepStack's, norm, fc1, fc2. levels: blocks that
+    DeepStack reads behind, ascending; unit: patches of a token. H and the inner sizes are multiples of 32. fp32 on the
+    CPU; there is no gradient.
+    """
+    return torch.ops.axpo.packed_vision.default(
+        pixels, lengths, tables, weights, levels, blocks, heads, unit, width, eps
+    )
+
+
 if LOADED:
+
+    @torch.library.register_fake("axpo::packed_vision")
+    def _(pixels, lengths, tables, weights, levels, blocks, heads, unit, width, eps):
+        return pixels.new_empty(len(levels) + 1, len(pixels) // unit, width)
 
     @torch.library.register_fake("axpo::packed_linear")
     def _(x, panels, columns):
