@@ -94,7 +94,7 @@ class Runner:
     def _hidden(self, packed: Packed, rows: npt.NDArray[np.int64], vision: VisionInput | None) -> Tensor:
         """Final hidden states of some rows of the step, [n, H]."""
         if self.packed is not None:
-            return self.packed.hidden(packed, self._tensor(rows), vision, self.share_prefixes)
+            return self.packed.hidden(packed, self._tensor(rows), vision)
         attention = PagedAttention(
             self.kv,
             self._tensor(packed.tables),

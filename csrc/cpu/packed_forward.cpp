@@ -2,7 +2,7 @@
 //
 // The work is cut by sequences, not by operators: a thread takes some neighbouring sequences through all layers by
 // itself, so there is no barrier, and activations stay in its core's cache. A row's result does not depend on which
-// other rows are there (panels.h, paged_attention.cpp), so neither does it on how a step is cut.
+// other rows are there (panels.h, packed_attention.h), so neither does it on how a step is cut.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,8 +10,8 @@
 
 #include <vector>
 
-#include "packed_rows.h"
-#include "paged_plan.h"
+#include "attention.h"
+#include "packed_attention.h"
 #include "panels.h"
 
 namespace {
@@ -38,6 +38,11 @@ struct Model {
 };
 
 // A step: `features` replace the embeddings of rows `image_rows`, and what follows is added behind the first layers.
+struct Span {
+  int64_t row, tokens, keys;  // first row, queries, keys that the last one sees
+  const int32_t* blocks;
+};
+
 struct Step {
   const int64_t *tokens, *positions, *wanted, *image_rows;
   int64_t rows, wanted_count, image_count;
@@ -45,7 +50,7 @@ struct Step {
   std::vector<const float*> features;
   std::vector<Span> spans;
   float* kv;
-  int64_t plane, block_size;  // floats of a layer's keys
+  int64_t plane, block_size, most_keys;  // plane: floats of a layer's keys; most_keys: of a sequence, padded
   float* out;
 };
 
@@ -88,10 +93,10 @@ void find_angles(const Model& m, const Step& step, int64_t row, float* to) {
 
 // One job's memory.
 struct Work {
-  float *x, *y, *q, *kv, *act, *angles, *attention;
-  static int64_t size(const Model& m, int64_t rows) {
+  float *x, *y, *q, *kv, *act, *angles, *scores;
+  static int64_t size(const Model& m, int64_t rows, int64_t keys) {
     return rows * (2 * m.hidden + m.q_width() + m.kv_width() + m.inner + m.dim) +
-           scratch_size(m.q_heads / m.kv_heads, m.dim) + 16 * 7;
+           2 * keys + 16 * 8;
   }
   Work(const Model& m, int64_t rows, float* at) {
     const auto take = [&at](int64_t count) {
@@ -101,21 +106,41 @@ struct Work {
     };
     x = take(rows * m.hidden), y = take(rows * m.hidden), q = take(rows * m.q_width());
     kv = take(rows * m.kv_width()), act = take(rows * m.inner), angles = take(rows * m.dim);
-    attention = at;
+    scores = at;
   }
 };
 
+// Keys go [Hk][D][block_size], values [Hk][block_size][D] into a block.
 void write_kv(const Model& m, const Step& step, int64_t layer, int64_t row, int64_t rows, const float* kv) {
   float *keys = step.kv + 2 * layer * step.plane, *values = keys + step.plane;
-  const size_t bytes = m.dim * sizeof(float);
+  const int64_t size = step.block_size;
   for (int64_t r = 0; r < rows; ++r, kv += m.kv_width()) {
     const int64_t slot = step.slots[row + r];
     if (slot < 0) continue;
-    const int64_t block = slot / step.block_size, offset = slot % step.block_size;
+    const int64_t block = slot / size, offset = slot % size;
     for (int64_t h = 0; h < m.kv_heads; ++h) {
-      const int64_t to = ((block * m.kv_heads + h) * step.block_size + offset) * m.dim;
-      std::memcpy(keys + to, kv + h * m.dim, bytes);
-      std::memcpy(values + to, kv + (m.kv_heads + h) * m.dim, bytes);
+      const int64_t head = (block * m.kv_heads + h) * size * m.dim;
+      const float* key = kv + h * m.dim;
+      for (int64_t d = 0; d < m.dim; ++d) keys[head + d * size + offset] = key[d];
+      std::memcpy(values + head + offset * m.dim, key + m.kv_heads * m.dim, m.dim * sizeof(float));
+    }
+  }
+}
+
+// Replaces the queries of some rows, [rows][q_heads][dim], by what they attend to.
+AXPO_CLONES void attend_rows(const Model& m, const Step& step, int64_t layer, const Context* contexts, int64_t rows,
+                             float* q, float* scores, int64_t stride) {
+  const float* keys = step.kv + 2 * layer * step.plane;
+  const int64_t group = m.q_heads / m.kv_heads, head_size = step.block_size * m.dim;
+  const float factor = m.scale * kLog2e;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      const Plane plane{keys + h * head_size, keys + step.plane + h * head_size, m.kv_heads * head_size,
+                        step.block_size, m.dim};
+      float* head = q + (r * m.q_heads + h * group) * m.dim;
+      int64_t g = 0;
+      for (; g + 2 <= group; g += 2) attend_heads<2>(head + g * m.dim, plane, contexts[r], factor, scores, stride);
+      if (g < group) attend_heads<1>(head + g * m.dim, plane, contexts[r], factor, scores, stride);
     }
   }
 }
@@ -135,7 +160,7 @@ void add_features(const Model& m, const Step& step, const Job& job, int64_t leve
 void run_job(const Model& m, const Step& step, const Job& job, float* scratch) {
   int64_t rows = job.row_end - job.row;
   const Work work(m, rows, scratch);
-  const int64_t hidden = m.hidden, q_width = m.q_width(), kv_width = m.kv_width(), group = m.q_heads / m.kv_heads;
+  const int64_t hidden = m.hidden, q_width = m.q_width(), kv_width = m.kv_width();
   std::vector<int64_t> row_of(rows);
   for (int64_t r = 0; r < rows; ++r) {
     row_of[r] = job.row + r;
@@ -146,14 +171,11 @@ void run_job(const Model& m, const Step& step, const Job& job, float* scratch) {
     std::memcpy(work.x + (step.image_rows[i] - job.row) * hidden, step.features[0] + i * hidden,
                 hidden * sizeof(float));
   }
-  std::vector<Span> spans(step.spans.begin() + job.span, step.spans.begin() + job.span_end);
-  for (Span& span : spans) span.row -= job.row;
-  spans[0].shared = 0;
-  const auto cut = [&] {
-    return cut_tiles(spans.data(), static_cast<int64_t>(spans.size()), m.kv_heads, group, m.dim, step.block_size,
-                     q_width, rows);
-  };
-  Tiles tiles = cut();
+  std::vector<Context> contexts;
+  for (int64_t i = job.span; i < job.span_end; ++i) {
+    const Span& span = step.spans[i];
+    for (int64_t t = 1; t <= span.tokens; ++t) contexts.push_back({span.blocks, span.keys - span.tokens + t});
+  }
 
   const int64_t last = static_cast<int64_t>(m.layers.size()) - 1;
   for (int64_t l = 0; l <= last; ++l) {
@@ -163,35 +185,20 @@ void run_job(const Model& m, const Step& step, const Job& job, float* scratch) {
     turn_rows(work.kv, kv_width, w.k_norm, work.angles, rows, m.kv_heads, m.dim, m.eps);
     write_kv(m, step, l, job.row, rows, work.kv);
     if (l == last) {  // from here on only the rows whose output is wanted
-      rows = 0;
-      std::vector<Span> ends;
-      int64_t shared = 0;
-      for (const Span& span : spans) {
-        const int64_t from = span.row + span.tokens - 1;
-        shared = std::min(shared, span.shared);
-        if (job.wanted + rows == job.wanted_end || step.wanted[job.wanted + rows] != job.row + from) continue;
-        ends.push_back({rows, 1, span.keys, span.blocks, shared});
-        shared = std::numeric_limits<int64_t>::max();
-        if (rows != from) {
-          std::memcpy(work.x + rows * hidden, work.x + from * hidden, hidden * sizeof(float));
-          std::memcpy(work.y + rows * hidden, work.y + from * hidden, hidden * sizeof(float));
-          std::memcpy(work.angles + rows * m.dim, work.angles + from * m.dim, m.dim * sizeof(float));
-          row_of[rows] = row_of[from];
-        }
-        ++rows;
-      }
-      TORCH_CHECK_VALUE(job.wanted + rows == job.wanted_end, "packed_forward: a wanted row is not its sequence's last");
+      rows = job.wanted_end - job.wanted;
       if (rows == 0) return;
-      spans = std::move(ends);
-      tiles = cut();
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t from = step.wanted[job.wanted + r] - job.row;
+        std::memmove(work.x + r * hidden, work.x + from * hidden, hidden * sizeof(float));
+        std::memmove(work.y + r * hidden, work.y + from * hidden, hidden * sizeof(float));
+        std::memmove(work.angles + r * m.dim, work.angles + from * m.dim, m.dim * sizeof(float));
+        row_of[r] = row_of[from];
+        contexts[r] = contexts[from];
+      }
     }
     product({work.y, hidden, rows, hidden, w.q, nullptr, q_width, work.q, q_width, Then::kStore});
     turn_rows(work.q, q_width, w.q_norm, work.angles, rows, m.q_heads, m.dim, m.eps);
-    const float* keys = step.kv + 2 * l * step.plane;
-    // A tile reads its queries before it writes, so its output may take their place.
-    const Cache<float> cache{work.q,     keys,  keys + step.plane, work.q, m.kv_heads * step.block_size * m.dim,
-                             step.block_size, m.dim, group,             q_width, m.scale};
-    attend_tiles(tiles.tiles.data(), tiles.tiles.data() + tiles.tiles.size(), cache, work.attention);
+    attend_rows(m, step, l, contexts.data(), rows, work.q, work.scores, step.most_keys);
     product({work.q, q_width, rows, q_width, w.o, nullptr, hidden, work.x, hidden, Then::kAdd});
     norm_rows(work.x, w.post_norm, work.y, rows, hidden, m.eps);
     product({work.y, hidden, rows, hidden, w.gate_up, nullptr, 2 * m.inner, work.act, m.inner, Then::kSwiglu});
@@ -220,6 +227,37 @@ std::vector<Job> cut_jobs(const Step& step, int64_t threads) {
   return jobs;
 }
 
+void list_spans(Step& step, const Tensor& tables, const Tensor& cu_seqlens, const Tensor& context_lens,
+                int64_t blocks) {
+  const int32_t *starts = cu_seqlens.const_data_ptr<int32_t>(), *lengths = context_lens.const_data_ptr<int32_t>();
+  const int32_t* table = tables.const_data_ptr<int32_t>();
+  const int64_t sequences = context_lens.numel(), columns = tables.size(1);
+  TORCH_CHECK_VALUE(starts[0] == 0 && starts[sequences] == step.rows, "packed_forward: cu_seqlens runs from ",
+                    starts[0], " to ", starts[sequences], ", but there are ", step.rows, " tokens");
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t tokens = starts[s + 1] - starts[s], used = (lengths[s] + step.block_size - 1) / step.block_size;
+    if (tokens == 0) continue;
+    TORCH_CHECK_VALUE(tokens > 0 && lengths[s] >= tokens && used <= columns, "packed_forward: sequence ", s, " has ",
+                      tokens, " tokens, ", lengths[s], " keys and a table of ", columns, " blocks");
+    const Span span{starts[s], tokens, lengths[s], table + s * columns};
+    for (int64_t b = 0; b < used; ++b) {
+      TORCH_CHECK_VALUE(span.blocks[b] >= 0 && span.blocks[b] < blocks, "packed_forward: tables[", s, ", ", b, "] = ",
+                        span.blocks[b], " is outside the cache of ", blocks, " blocks");
+    }
+    step.spans.push_back(span);
+    step.most_keys = std::max<int64_t>(step.most_keys, used * step.block_size);
+  }
+  for (int64_t w = 0; w < step.wanted_count; ++w) {
+    TORCH_CHECK_INDEX(step.wanted[w] >= 0 && step.wanted[w] < step.rows && (w == 0 || step.wanted[w - 1] < step.wanted[w]),
+                      "packed_forward: wanted[", w, "] = ", step.wanted[w], " is not an ascending row");
+  }
+  for (int64_t i = 0; i < step.image_count; ++i) {
+    TORCH_CHECK_INDEX(step.image_rows[i] >= 0 && step.image_rows[i] < step.rows &&
+                          (i == 0 || step.image_rows[i - 1] < step.image_rows[i]),
+                      "packed_forward: image_rows[", i, "] = ", step.image_rows[i], " is not an ascending row");
+  }
+}
+
 Model model_of(const Tensor& embedding, at::TensorList weights, const Tensor& norm, const Tensor& axis,
                const Tensor& cos, const Tensor& sin, const Tensor& kv, double eps, double scale) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.size() % kWeights == 0, "packed_forward: ", weights.size(),
@@ -242,9 +280,10 @@ Model model_of(const Tensor& embedding, at::TensorList weights, const Tensor& no
   m.eps = static_cast<float>(eps), m.scale = static_cast<float>(scale);
   TORCH_CHECK_VALUE(kv.size(0) == static_cast<int64_t>(m.layers.size()), "packed_forward: the cache has ", kv.size(0),
                     " layers, the model ", m.layers.size());
-  TORCH_CHECK_VALUE(m.hidden % 16 == 0 && m.inner % 16 == 0 && m.dim % 16 == 0 && m.dim <= 256,
-                    "packed_forward: hidden ", m.hidden, ", intermediate ", m.inner, " and head size ", m.dim,
-                    " must be multiples of 16");
+  TORCH_CHECK_VALUE(m.hidden % 16 == 0 && m.inner % 16 == 0 && m.dim % 16 == 0 && m.dim <= kMostDim &&
+                        kv.size(4) % kChunk == 0,
+                    "packed_forward: hidden ", m.hidden, ", intermediate ", m.inner, ", head size ", m.dim,
+                    " and block size ", kv.size(4), " must be multiples of 16");
   return m;
 }
 
@@ -252,10 +291,9 @@ Tensor packed_forward(const Tensor& tokens, const Tensor& positions, const Tenso
                       const Tensor& norm, const Tensor& axis, const Tensor& cos, const Tensor& sin, Tensor& kv,
                       const Tensor& slots, const optional<Tensor>& writes, const Tensor& tables,
                       const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& wanted,
-                      const optional<Tensor>& image_rows, at::TensorList features, double eps, double scale,
-                      bool share) {
+                      const optional<Tensor>& image_rows, at::TensorList features, double eps, double scale) {
   const Model m = model_of(embedding, weights, norm, axis, cos, sin, kv, eps, scale);
-  Step step;
+  Step step{};
   const Tensor ids = tokens.contiguous(), where = positions.contiguous(), slots_c = slots.contiguous();
   const Tensor tables_c = tables.contiguous(), starts = cu_seqlens.contiguous(), lengths = context_lens.contiguous();
   const Tensor wanted_c = wanted.contiguous(), images = image_rows ? image_rows->contiguous() : Tensor();
@@ -284,13 +322,13 @@ Tensor packed_forward(const Tensor& tokens, const Tensor& positions, const Tenso
                       " is outside the cache of ", slot_total, " slots");
     step.slots.at(writes ? writes_c.const_data_ptr<int64_t>()[i] : i) = slot[i];
   }
-  step.spans = list_spans(tables_c, starts, lengths, step.rows, kv.size(2), step.block_size, share);
+  list_spans(step, tables_c, starts, lengths, kv.size(2));
   Tensor out = at::empty({step.wanted_count, m.hidden}, embedding.options());
   step.out = out.mutable_data_ptr<float>();
   const std::vector<Job> jobs = cut_jobs(step, at::get_num_threads());
   int64_t most = 0;
   for (const Job& job : jobs) most = std::max(most, job.row_end - job.row);
-  parallel_items(static_cast<int64_t>(jobs.size()), Work::size(m, most),
+  parallel_items(static_cast<int64_t>(jobs.size()), Work::size(m, most, step.most_keys),
                  [&](int64_t i, float* scratch) { run_job(m, step, jobs[i], scratch); });
   return out;
 }
@@ -301,7 +339,7 @@ TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(
       "packed_forward(Tensor tokens, Tensor positions, Tensor embedding, Tensor[] weights, Tensor norm, Tensor axis, "
       "Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots, Tensor? writes, Tensor tables, Tensor cu_seqlens, "
-      "Tensor context_lens, Tensor wanted, Tensor? image_rows, Tensor[] features, float eps, float scale, "
-      "bool share=True) -> Tensor");
+      "Tensor context_lens, Tensor wanted, Tensor? image_rows, Tensor[] features, float eps, float scale) "
+      "-> Tensor");
   m.impl("packed_forward", c10::DispatchKey::CPU, TORCH_FN(packed_forward));
 }

@@ -96,9 +96,7 @@ AXPO_CLONES void softmax_rows(float* scores, int64_t stride, int64_t rows, int64
     for (int64_t j = count; j % 16 != 0; ++j) scores[j] = -std::numeric_limits<float>::infinity();
     f32x16 top = load16(scores);
     for (int64_t j = 16; j < count; j += 16) top = top > load16(scores + j) ? top : load16(scores + j);
-    float lanes[16];
-    store16(lanes, top);
-    const f32x16 peak = splat16(std::max(hmax8(load8(lanes)), hmax8(load8(lanes + 8)))), factor = splat16(scale);
+    const f32x16 peak = splat16(hmax16(top)), factor = splat16(scale);
     f32x16 sum = {};
     for (int64_t j = 0; j < count; j += 16) {
       const f32x16 w = exp16((load16(scores + j) - peak) * factor);

@@ -6,6 +6,7 @@
 // every score is one chain of multiply-adds over D, every sum of weights runs over lanes at absolute positions, and
 // every output is one chain over the keys: nothing in the arithmetic of a row depends on the other rows of its tile, so
 // a result does not depend on the batch, on what is shared, on how a prefill was cut, or on the threads.
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -237,68 +238,12 @@ AXPO_CLONES void attend_narrow(const Tile& tile, const Cache<c10::BFloat16>& c, 
   attend<8>(tile, c, ahead, scratch);
 }
 
-template <class T>
-void attend_some(const Tile* begin, const Tile* end, const Cache<T>& cache, float* scratch) {
-  static const bool wide = has_wide();
-  const int64_t row_bytes = 2 * cache.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / row_bytes, kGroup, kSplit);
-  if (begin == end) return;
-  Prefetcher<T> ahead{cache, begin->members, end[-1].members + end[-1].count, ahead_keys};
-  for (const Tile* tile = begin; tile != end; ++tile) {
-    if (wide) {
-      attend_wide(*tile, cache, ahead, scratch);
-    } else {
-      attend_narrow(*tile, cache, ahead, scratch);
-    }
-  }
-}
-
-template <class T>
-void attend_all(const std::vector<Span>& spans, const Cache<T>& cache, int64_t rows, int64_t kv_heads) {
-  // Tiles of several sequences save work, but there must be enough tiles for the threads.
-  const int64_t threads = at::get_num_threads(), group = cache.group, dim = cache.dim;
-  const int64_t together = threads == 1 ? rows : rows * kv_heads / (4 * threads);
-  const auto [members, tiles] = cut_tiles(spans.data(), static_cast<int64_t>(spans.size()), kv_heads, group, dim,
-                                          cache.block_size, cache.token_stride, together);
-  // Neighbours go to one thread, so that it can fetch ahead; about eight runs a thread keep the threads balanced.
-  const int64_t total = static_cast<int64_t>(tiles.size()), run = std::max<int64_t>(1, total / (8 * threads));
-  const Tile* first = tiles.data();
-  parallel_items((total + run - 1) / run, scratch_size(group, dim), [&](int64_t i, float* scratch) {
-    attend_some(first + i * run, first + std::min(total, (i + 1) * run), cache, scratch);
-  });
-}
-
-template <class T>
-Cache<T> cache_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out, double scale) {
-  const int64_t q_heads = q.size(1), dim = q.size(2), kv_heads = k.size(1), block_size = k.size(2);
-  return {q.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
-          kv_heads * block_size * dim, block_size, dim, q_heads / kv_heads, q_heads * dim, static_cast<float>(scale)};
-}
-
-at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                           const at::Tensor& block_tables, const at::Tensor& cu_seqlens_q,
-                           const at::Tensor& context_lens, double scale, bool share) {
-  TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
-                    "paged_attention: k_cache and v_cache must be contiguous");
-  const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
-  const at::Tensor starts = cu_seqlens_q.contiguous(), lengths = context_lens.contiguous();
-  const int64_t rows = q.size(0), dim = q.size(2), kv_heads = k_cache.size(1), block_size = k_cache.size(2);
-  TORCH_CHECK_VALUE(dim % 8 == 0 && dim <= 256, "paged_attention: D = ", dim, " must be a multiple of 8 up to 256");
-  TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  if (out.numel() == 0) return out;
-  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size, share);
-  if (q.scalar_type() == at::kBFloat16) {
-    attend_all(spans, cache_of<c10::BFloat16>(q, k_cache, v_cache, out, scale), rows, kv_heads);
-  } else {
-    attend_all(spans, cache_of<float>(q, k_cache, v_cache, out, scale), rows, kv_heads);
-  }
-  return out;
-}
-
-}  // namespace
-
-namespace axpo {
+// One sequence with queries.
+struct Span {
+  int64_t row, tokens, keys;  // first query row, queries, keys
+  const int32_t* blocks;
+  int64_t shared;  // leading keys in the same blocks as those of the span before it
+};
 
 std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seqlens_q, const at::Tensor& context_lens,
                              int64_t rows, int64_t blocks, int64_t block_size, bool share) {
@@ -332,27 +277,31 @@ std::vector<Span> list_spans(const at::Tensor& tables, const at::Tensor& cu_seql
   return spans;
 }
 
-Tiles cut_tiles(const Span* spans, int64_t count, int64_t kv_heads, int64_t group, int64_t dim, int64_t block_size,
-                int64_t token_stride, int64_t together) {
-  const int64_t most_tokens = max_rows(group) / group;
+template <class T>
+void attend_all(const std::vector<Span>& spans, const Cache<T>& cache, int64_t rows, int64_t kv_heads) {
+  const int64_t group = cache.group, dim = cache.dim, most_tokens = max_rows(group) / group;
   int64_t member_count = 0;
-  for (int64_t s = 0; s < count; ++s) member_count += kv_heads * ((spans[s].tokens + most_tokens - 1) / most_tokens);
-  Tiles out;
-  out.members.reserve(member_count);
+  for (const Span& s : spans) member_count += kv_heads * ((s.tokens + most_tokens - 1) / most_tokens);
+  std::vector<Member> members;
+  members.reserve(member_count);  // tiles point into it
+  std::vector<Tile> tiles;
   const auto add = [&](const Span& s, int64_t head, int64_t first, int64_t tokens, bool follower) {
-    out.members.push_back({(s.row + first) * token_stride + head * group * dim, s.blocks, head * block_size * dim,
-                           tokens, s.keys - s.tokens + first, follower ? s.shared : 0});
+    members.push_back({(s.row + first) * cache.token_stride + head * group * dim, s.blocks,
+                       head * cache.block_size * dim, tokens, s.keys - s.tokens + first, follower ? s.shared : 0});
     if (follower) {
-      ++out.tiles.back().count;
+      ++tiles.back().count;
     } else {
-      out.tiles.push_back({&out.members.back(), 1});
+      tiles.push_back({&members.back(), 1});
     }
   };
-  for (int64_t s = 0; s < count;) {
-    int64_t end = s + 1;
-    for (int64_t tokens = spans[s].tokens; end < count && spans[end].shared > 0; ++end) {
+  // Tiles of several sequences save work, but there must be enough tiles for the threads.
+  const int64_t threads = at::get_num_threads();
+  const int64_t together = threads == 1 ? most_tokens : std::min(most_tokens, rows * kv_heads / (4 * threads));
+  for (size_t s = 0; s < spans.size();) {
+    size_t end = s + 1;
+    for (int64_t tokens = spans[s].tokens; end < spans.size() && spans[end].shared > 0; ++end) {
       tokens += spans[end].tokens;
-      if (tokens > std::min(together, most_tokens)) break;
+      if (tokens > together) break;
     }
     for (int64_t head = 0; head < kv_heads; ++head) {
       if (end == s + 1) {
@@ -360,22 +309,59 @@ Tiles cut_tiles(const Span* spans, int64_t count, int64_t kv_heads, int64_t grou
           add(spans[s], head, first, std::min(most_tokens, spans[s].tokens - first), false);
         }
       } else {
-        for (int64_t i = s; i < end; ++i) add(spans[i], head, 0, spans[i].tokens, i > s);
+        for (size_t i = s; i < end; ++i) add(spans[i], head, 0, spans[i].tokens, i > s);
       }
     }
     s = end;
   }
+
+  // Neighbours go to one thread, so that it can fetch ahead; about eight runs a thread keep the threads balanced.
+  static const bool wide = has_wide();
+  const int64_t total = static_cast<int64_t>(tiles.size()), run = std::max<int64_t>(1, total / (8 * threads));
+  const int64_t row_bytes = 2 * dim * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / row_bytes, kGroup, kSplit);
+  parallel_items((total + run - 1) / run, scratch_size(group, dim), [&](int64_t i, float* scratch) {
+    const int64_t end = std::min(total, (i + 1) * run);
+    Prefetcher<T> ahead{cache, tiles[i * run].members, tiles[end - 1].members + tiles[end - 1].count, ahead_keys};
+    for (int64_t tile = i * run; tile < end; ++tile) {
+      if (wide) {
+        attend_wide(tiles[tile], cache, ahead, scratch);
+      } else {
+        attend_narrow(tiles[tile], cache, ahead, scratch);
+      }
+    }
+  });
+}
+
+template <class T>
+Cache<T> cache_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out, double scale) {
+  const int64_t q_heads = q.size(1), dim = q.size(2), kv_heads = k.size(1), block_size = k.size(2);
+  return {q.const_data_ptr<T>(), k.const_data_ptr<T>(), v.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+          kv_heads * block_size * dim, block_size, dim, q_heads / kv_heads, q_heads * dim, static_cast<float>(scale)};
+}
+
+at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                           const at::Tensor& block_tables, const at::Tensor& cu_seqlens_q,
+                           const at::Tensor& context_lens, double scale, bool share) {
+  TORCH_CHECK_VALUE(k_cache.is_contiguous() && v_cache.is_contiguous(),
+                    "paged_attention: k_cache and v_cache must be contiguous");
+  const at::Tensor q = q_in.contiguous(), tables = block_tables.contiguous();
+  const at::Tensor starts = cu_seqlens_q.contiguous(), lengths = context_lens.contiguous();
+  const int64_t rows = q.size(0), dim = q.size(2), kv_heads = k_cache.size(1), block_size = k_cache.size(2);
+  TORCH_CHECK_VALUE(dim % 8 == 0 && dim <= 256, "paged_attention: D = ", dim, " must be a multiple of 8 up to 256");
+  TORCH_CHECK_VALUE(block_size % 8 == 0, "paged_attention: block_size = ", block_size, " must be a multiple of 8");
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  if (out.numel() == 0) return out;
+  const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size, share);
+  if (q.scalar_type() == at::kBFloat16) {
+    attend_all(spans, cache_of<c10::BFloat16>(q, k_cache, v_cache, out, scale), rows, kv_heads);
+  } else {
+    attend_all(spans, cache_of<float>(q, k_cache, v_cache, out, scale), rows, kv_heads);
+  }
   return out;
 }
 
-void attend_tiles(const Tile* begin, const Tile* end, const Cache<float>& cache, float* scratch) {
-  attend_some(begin, end, cache, scratch);
-}
-void attend_tiles(const Tile* begin, const Tile* end, const Cache<c10::BFloat16>& cache, float* scratch) {
-  attend_some(begin, end, cache, scratch);
-}
-
-}  // namespace axpo
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(axpo, m) {
   m.def(

@@ -1,13 +1,45 @@
 // The pieces of paged attention that work on one tile: what it is made of, products, softmax. See paged_attention.cpp.
 #pragma once
 
-#include "paged_plan.h"
+#include <c10/util/BFloat16.h>
+
+#include "attention.h"
 
 namespace {
 
 using namespace axpo;
 
+constexpr int kSplit = 256;    // keys reduced together; results depend on it, so it is one constant
+constexpr int kGroup = 32;     // keys handled between two calls of the prefetcher
+constexpr int kScores = kSplit + 16;  // floats from one row of scores to the next: not a multiple of a page's sets
+constexpr int kTileRows = 48;  // rows of a tile
 constexpr int kFew = 6;        // up to so many rows, keys are transposed in registers instead of being packed
+
+// The queries of one sequence in a tile.
+struct Member {
+  int64_t q;              // where the first query begins in q and out, at the first head of the group
+  const int32_t* blocks;  // block table of the sequence
+  int64_t head;           // where the KV head begins in a block
+  int64_t tokens;         // queries
+  int64_t position;       // absolute position of the first of them
+  int64_t shared;         // leading keys whose blocks are those of the member before it in the tile; 0 for the first
+
+  int64_t keys() const { return position + tokens; }
+};
+
+struct Tile {
+  const Member* members;
+  int64_t count;
+};
+
+template <class T>  // float or c10::BFloat16; all arithmetic is fp32
+struct Cache {
+  const T *q, *k, *v;
+  T* out;
+  int64_t block_stride, block_size, dim, group;
+  int64_t token_stride;  // elements from one query token to the next
+  float scale;
+};
 
 // Up to kGroup keys, and the rows of the neighbouring members that take them from the same blocks.
 struct Run {
@@ -15,6 +47,13 @@ struct Run {
   int64_t row, rows;       // within the tile
   int64_t at[kGroup / 8];  // where its octets begin in the caches; the last one again where there are fewer
 };
+
+int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group) * group; }
+
+int64_t scratch_size(int64_t group, int64_t dim) {
+  const int64_t rows = (max_rows(group) + 7) / 8 * 8;
+  return rows * (strips(dim) * kStrip + kScores + 2 * dim + 6) + strips(dim) * kStrip * kGroup;
+}
 
 // Vectors of kLanes floats. Lanes are different keys or different columns of the output, never parts of one sum, so
 // their number does not change a result.

@@ -21,6 +21,12 @@ static AXPO_INLINE float sum16(f32x16 v) {
   return sum8(load8(lanes) + load8(lanes + 8));
 }
 
+static AXPO_INLINE float hmax16(f32x16 v) {
+  float lanes[16];
+  store16(lanes, v);
+  return hmax8(max8(load8(lanes), load8(lanes + 8)));
+}
+
 // exp8 of sixteen lanes, with the same bits.
 static AXPO_INLINE f32x16 exp16(f32x16 x) {
   const f32x16 low = splat16(-87.33654f), high = splat16(88.72f);

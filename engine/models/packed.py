@@ -29,6 +29,7 @@ class PackedModel:
     def __init__(self, model: Qwen3VL, kv: KVCache):
         self.model = model
         self.kv = kv
+        kv.whole_blocks = True
         self._scale = model.config.text.head_dim**-0.5
         self._axis = mrope_table(model.config.text, torch.device("cpu"))[0]
         self._angles = self._angles_of(256)
@@ -52,8 +53,8 @@ class PackedModel:
         self._norm = language.norm.weight.detach().clone()
         self._embedding = language.embed_tokens.weight.detach()
 
-    def hidden(self, step: Packed, wanted: Tensor, vision: VisionInput | None, share: bool) -> Tensor:
-        """Final hidden states [n, H] of the `wanted` rows of a step, [n] int64, ascending last rows of sequences."""
+    def hidden(self, step: Packed, wanted: Tensor, vision: VisionInput | None) -> Tensor:
+        """Final hidden states [n, H] of the `wanted` rows of a step, [n] int64 and ascending."""
         features = vision.features if vision is not None else None
         if (highest := int(step.position_ids.max())) >= len(self._angles[0]):
             self._angles = self._angles_of(2 * highest)
@@ -75,7 +76,6 @@ class PackedModel:
             [] if features is None else [features.embeds, *features.deepstack],
             self.model.config.text.rms_norm_eps,
             self._scale,
-            share,
         )
 
     def _angles_of(self, positions: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ def can_pack(kv: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether `packed_forward` serves a model with these weights over this cache, [L, 2, blocks, Hk, block_size, D]."""
     sizes = [size for weight in weights for size in weight.shape]
     block_size, dim = kv.shape[4:]
-    fits = dim % 16 == 0 and dim <= 256 and block_size % 8 == 0 and all(size % 16 == 0 for size in sizes)
+    fits = dim % 16 == 0 and dim <= 256 and block_size % 16 == 0 and all(size % 16 == 0 for size in sizes)
     return fits and can_pack_tensors(kv, *weights)
 
 
@@ -67,14 +67,14 @@ def packed_forward(
     features: list[torch.Tensor],
     eps: float,
     scale: float,
-    share: bool = True,
 ) -> torch.Tensor:
-    """Hidden states behind the final norm, [n, H], of the `wanted` rows of a step: last rows of sequences, ascending.
+    """Hidden states behind the final norm, [n, H], of the `wanted` rows of a step, ascending.
 
     tokens: [T]; positions: [3, T] int64; embedding: [V, H]; weights: nine a layer: input norm [H], q, k and v (packed),
     q norm [D], k norm [D], o (packed), post-attention norm [H], gate and up (pack_gate_up), down (packed), where k and
     v are one weight; norm: [H]; angles: axis [D/2] int64, which of the three positions turns a pair, and cos, sin
-    [P, D/2] of every position. kv: [L, 2, blocks, Hk, block_size, D], written to; slots, writes, tables, cu_seqlens,
+    [P, D/2] of every position. kv: [L, 2, blocks, Hk, block_size, D], written to, where a block's keys are kept
+    transposed, [Hk, D, block_size]: it must be copied as a whole. slots, writes, tables, cu_seqlens,
     context_lens as in `write_kv` and `paged_attention`. features: [m, H] each: the first replaces the embeddings of the
     rows `image_rows` (ascending), the others are added to them behind the first layers.
     fp32 on the CPU; there is no gradient. Raises ValueError or IndexError for what does not fit.
@@ -97,7 +97,6 @@ def packed_forward(
         features,
         eps,
         scale,
-        share,
     )
 
 
