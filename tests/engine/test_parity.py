@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
 from engine.images import ImageInput
+from engine.models import VisionInput
+from engine.runner import Packed
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
 
 SIZES = [(32, 32), (24, 48), (64, 16), (8, 8), (37, 53)]
@@ -42,21 +44,30 @@ def prefill_logits(llm: LLM, tokens: list[int], images: list[ImageInput]) -> tor
     """All positions' logits through the engine's own paged forward."""
     captured: list[torch.Tensor] = []
     llm.reset_prefix_cache()
-    hook = llm.model.register_forward_hook(lambda _m, _a, out: captured.append(out.clone()))
+    some_rows = llm.runner._hidden
+
+    def every_row(packed: Packed, rows: np.ndarray, vision: VisionInput | None) -> torch.Tensor:
+        captured.append(some_rows(packed, np.arange(len(packed.token_ids)), vision))
+        return captured[-1][torch.from_numpy(rows)]
+
+    llm.runner._hidden = every_row
     with llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}) as sequence:
         llm.prefill([sequence])
-    hook.remove()
+    llm.runner._hidden = some_rows
     return llm.model.logits(torch.cat(captured))
 
 
+@pytest.mark.parametrize("block_size", [8, 16])  # with 16 the steps are those of kernels.packed
 @pytest.mark.parametrize("fixture", ["vl_checkpoint", "vl_untied_checkpoint"])
-def test_vl_prefill_and_greedy_equal_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
+def test_vl_prefill_and_greedy_equal_transformers(
+    fixture: str, block_size: int, request: pytest.FixtureRequest
+) -> None:
     path: Path = request.getfixturevalue(fixture)
     seed = random.randrange(2**31)
     rng = random.Random(seed)
     reference = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     reference.generation_config.eos_token_id = None  # else it may not be generated before min_new_tokens
-    llm = LLM(path, kv_cache_bytes=1 << 24, max_batch_tokens=rng.choice([17, 64, 4096]))
+    llm = LLM(path, kv_cache_bytes=1 << 24, block_size=block_size, max_batch_tokens=rng.choice([17, 64, 4096]))
     prompts = [random_prompt(rng, llm, images) for images in (0, 1, 2, 3, 4)]
     for tokens, images in prompts:
         with torch.no_grad():
