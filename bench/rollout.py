@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
+from rollout_floor import Products
 
 from axpo.conversation import Conversation
 from axpo.metrics import table
@@ -34,7 +35,6 @@ from axpo.rollout import Agent, Limits
 from axpo.tasks import Question, get_task
 from axpo.tools import ToolResult, get_tools
 from engine import LLM, ImageInput
-from rollout_floor import Products
 
 MAX_TOKENS = 512  # of a trajectory, as in recipe mini
 PHASES = ("rollout", "resample", "train", "weights")

@@ -71,5 +71,7 @@ class Products:
         for patches in self.patches:
             multiply(tower.patch_embed.proj.weight.flatten(1), patches)
             for linear in vision:
-                multiply(linear.weight, patches // tower.config.spatial_merge_size**2 if id(linear) in merged else patches)
+                multiply(
+                    linear.weight, patches // tower.config.spatial_merge_size**2 if id(linear) in merged else patches
+                )
         return time.perf_counter() - start

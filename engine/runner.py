@@ -255,7 +255,9 @@ class VisionCache:
             device = next(self.model.parameters()).device
             pixels = torch.cat([image.pixel_values for image in new.values()]).to(device)
             grids = [image.grid_thw for image in new.values()]
-            features = self._packed(pixels, grids) if self._packed else self.model.model.visual(pixels, torch.tensor(grids))
+            features = (
+                self._packed(pixels, grids) if self._packed else self.model.model.visual(pixels, torch.tensor(grids))
+            )
             row = 0
             for key, image in new.items():
                 self._entries[key] = features.rows(row, row + image.num_tokens)

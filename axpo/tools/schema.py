@@ -33,7 +33,12 @@ def _properties(rule: Any, value: Any, _: Mapping[str, Any]) -> bool:
 
 def _additional(rule: Any, value: Any, schema: Mapping[str, Any]) -> bool:
     known = schema.get("properties", {})
-    return rule is False and "patternProperties" not in schema and isinstance(value, dict) and all(k in known for k in value)
+    return (
+        rule is False
+        and "patternProperties" not in schema
+        and isinstance(value, dict)
+        and all(k in known for k in value)
+    )
 
 
 def _number(value: Any) -> bool:

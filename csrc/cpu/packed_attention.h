@@ -95,39 +95,32 @@ static AXPO_INLINE float weigh(float* scores, int64_t keys) {
   return sum16(sum + w);
 }
 
-// to[r][..] += weight of row r times one value.
-template <int kRows, int kWide>
-static AXPO_INLINE void add_value(f32x16 (&to)[kRows][kWide], const float* value, const float* weight, int64_t stride) {
-#pragma GCC unroll 2
-  for (int c = 0; c < kWide; ++c) {
-    const f32x16 v = load16(value + 16 * c);
-#pragma GCC unroll 2
-    for (int r = 0; r < kRows; ++r) to[r][c] += v * weight[r * stride];
-  }
-}
-
 // out[r][0 .. 16 kWide) = sum of weights times values over the keys, even and odd ones apart.
 template <int kRows, int kWide>
 static AXPO_INLINE void mix(const float* weights, int64_t stride, const float* inverse, const Plane& plane,
                             const Context& context, int64_t d, float* out, int64_t out_stride) {
-  f32x16 even[kRows][kWide] = {}, odd[kRows][kWide] = {};
+  f32x16 even[kRows * kWide], odd[kRows * kWide];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows * kWide; ++i) even[i] = odd[i] = splat16(0.0f);
   const int32_t* block = context.blocks;
   const int64_t dim = plane.dim, size = plane.block_size;
   for (int64_t rest = context.keys; rest > 0; rest -= size, ++block) {
     const float* value = plane.values + *block * plane.block_stride + d;
-    const int64_t pairs = std::min(size, rest) / 2;
+    const int64_t count = std::min(size, rest), pairs = (count + 1) / 2;
     for (int64_t j = 0; j < pairs; ++j, value += 2 * dim, weights += 2) {
-      add_value<kRows, kWide>(even, value, weights, stride);
-      add_value<kRows, kWide>(odd, value + dim, weights + 1, stride);
+      // Behind an odd number of keys the last one stands in for what is not there, with the weight 0 that `weigh` left.
+      const float* second = 2 * j + 1 < count ? value + dim : value;
+      const float w[4] = {weights[0], weights[1], weights[(kRows - 1) * stride], weights[(kRows - 1) * stride + 1]};
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows * kWide; ++i) {
+        even[i] += load16(value + i % kWide * 16) * w[i / kWide * 2];
+        odd[i] += load16(second + i % kWide * 16) * w[i / kWide * 2 + 1];
+      }
     }
-    if (rest < size && rest % 2 != 0) add_value<kRows, kWide>(even, value, weights, stride);
   }
-#pragma GCC unroll 2
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kWide; ++c) {
-      store16(out + r * out_stride + 16 * c, (even[r][c] + odd[r][c]) * splat16(inverse[r]));
-    }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows * kWide; ++i) {
+    store16(out + i / kWide * out_stride + i % kWide * 16, (even[i] + odd[i]) * splat16(inverse[i / kWide]));
   }
 }
 

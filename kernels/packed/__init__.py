@@ -136,5 +136,7 @@ if LOADED:
         return x.new_empty(len(x), columns)
 
     @torch.library.register_fake("axpo::packed_forward")
-    def _(tokens, positions, embedding, weights, norm, axis, cos, sin, kv, slots, writes, tables, starts, lens, wanted, *_):
+    def _(
+        tokens, positions, embedding, weights, norm, axis, cos, sin, kv, slots, writes, tables, starts, lens, wanted, *_
+    ):
         return embedding.new_empty(len(wanted), embedding.shape[1])

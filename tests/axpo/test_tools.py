@@ -274,7 +274,9 @@ class Shout(Tool):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 1003) | st.floats() | st.sampled_from(["", "it"]),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["bbox_2d", "label", "img_idx", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["bbox_2d", "label", "img_idx", "x"]), inner)
+    ),
     max_leaves=8,
 )
 

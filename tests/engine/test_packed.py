@@ -60,7 +60,9 @@ def test_bits_depend_on_the_sequence_alone(vl_checkpoint: Path) -> None:
     expected = bits(llm.generate(prompts, PARAMS, use_tqdm=False))
     alone = [llm.generate(prompt, PARAMS, use_tqdm=False)[0] for prompt in reversed(prompts)]
     assert bits(alone[::-1]) == expected, f"seed {seed}"
-    chunked = LLM(vl_checkpoint, kv_cache_bytes=1 << 22, block_size=32, max_batch_tokens=19, enable_prefix_caching=False)
+    chunked = LLM(
+        vl_checkpoint, kv_cache_bytes=1 << 22, block_size=32, max_batch_tokens=19, enable_prefix_caching=False
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -9,7 +9,9 @@ from kernels.packed import pack_panels, packed_linear
 pytestmark = pytest.mark.skipif(not LOADED or MODE == "reference", reason="the C++ kernels are not built")
 
 
-@pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 32, 16), (7, 33, 5), (8, 48, 128), (61, 300, 96), (0, 40, 8)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"), [(1, 32, 16), (7, 33, 5), (8, 48, 128), (61, 300, 96), (0, 40, 8)]
+)
 def test_a_product_is_right_and_a_row_is_its_own(rows: int, columns: int, inner: int) -> None:
     x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
     panels = pack_panels(weight)
