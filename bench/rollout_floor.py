@@ -54,7 +54,7 @@ class Products:
         vision = [module for module in tower.modules() if isinstance(module, torch.nn.Linear)]
         merged = {id(m) for n, m in tower.named_modules() if "merger" in n}
         widths = {w.shape[1] for layer in layers for w in layer.fused[0] if w.dim() == 2}
-        widths |= {linear.in_features for linear in vision} | {llm.config.vision.patch_dim, text.hidden_size}
+        widths |= {linear.in_features for linear in vision} | {tower.config.patch_dim, text.hidden_size}
         noise = {width: torch.randn(most, width) for width in widths}
 
         def multiply(weight: Tensor, rows: int) -> None:

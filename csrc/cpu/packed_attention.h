@@ -124,22 +124,52 @@ static AXPO_INLINE void mix(const float* weights, int64_t stride, const float* i
   }
 }
 
-// kRows query heads of a token, [kRows][dim], which the outputs replace. factor: scale log2(e). scores: [kRows][stride].
 template <int kRows>
-static AXPO_INLINE void attend_heads(float* q, const Plane& plane, const Context& context, float factor, float* scores,
-                                     int64_t stride) {
-  float scaled[kRows * kMostDim], inverse[kRows];
-  for (int64_t i = 0; i < kRows * plane.dim; i += 16) store16(scaled + i, load16(q + i) * splat16(factor));
+static AXPO_INLINE void score_all(const float* q, const Plane& plane, const Context& context, float* scores,
+                                  int64_t stride) {
   const int64_t chunks = (context.keys + kChunk - 1) / kChunk;
   int64_t c = 0;
-  for (; c + 4 <= chunks; c += 4) score_chunks<kRows, 4>(scaled, plane, context.blocks, c, scores, stride);
-  if (chunks - c == 3) score_chunks<kRows, 3>(scaled, plane, context.blocks, c, scores, stride);
-  if (chunks - c == 2) score_chunks<kRows, 2>(scaled, plane, context.blocks, c, scores, stride);
-  if (chunks - c == 1) score_chunks<kRows, 1>(scaled, plane, context.blocks, c, scores, stride);
-  for (int r = 0; r < kRows; ++r) inverse[r] = 1.0f / weigh(scores + r * stride, context.keys);
+  for (; c + 4 <= chunks; c += 4) score_chunks<kRows, 4>(q, plane, context.blocks, c, scores, stride);
+  if (chunks - c == 3) score_chunks<kRows, 3>(q, plane, context.blocks, c, scores, stride);
+  if (chunks - c == 2) score_chunks<kRows, 2>(q, plane, context.blocks, c, scores, stride);
+  if (chunks - c == 1) score_chunks<kRows, 1>(q, plane, context.blocks, c, scores, stride);
+}
+
+template <int kRows>
+static AXPO_INLINE void mix_all(const float* weights, int64_t stride, const float* inverse, const Plane& plane,
+                                const Context& context, float* out) {
   int64_t d = 0;
-  for (; d + 32 <= plane.dim; d += 32) mix<kRows, 2>(scores, stride, inverse, plane, context, d, q + d, plane.dim);
-  if (d < plane.dim) mix<kRows, 1>(scores, stride, inverse, plane, context, d, q + d, plane.dim);
+  for (; d + 32 <= plane.dim; d += 32) mix<kRows, 2>(weights, stride, inverse, plane, context, d, out + d, plane.dim);
+  if (d < plane.dim) mix<kRows, 1>(weights, stride, inverse, plane, context, d, out + d, plane.dim);
+}
+
+AXPO_CLONES static void score_two(const float* q, const Plane& plane, const Context& context, float* to, int64_t n) {
+  score_all<2>(q, plane, context, to, n);
+}
+AXPO_CLONES static void score_one(const float* q, const Plane& plane, const Context& context, float* to, int64_t n) {
+  score_all<1>(q, plane, context, to, n);
+}
+AXPO_CLONES static void mix_two(const float* weights, int64_t stride, const float* inverse, const Plane& plane,
+                                const Context& context, float* out) {
+  mix_all<2>(weights, stride, inverse, plane, context, out);
+}
+AXPO_CLONES static void mix_one(const float* weights, int64_t stride, const float* inverse, const Plane& plane,
+                                const Context& context, float* out) {
+  mix_all<1>(weights, stride, inverse, plane, context, out);
+}
+AXPO_CLONES static void scale_rows(const float* x, float factor, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) store16(y + i, load16(x + i) * splat16(factor));
+}
+AXPO_CLONES static float weigh_row(float* scores, int64_t keys) { return weigh(scores, keys); }
+
+// One or two query heads of a token, [rows][dim], which the outputs replace. factor: scale log2(e); scores: [2][stride].
+static inline void attend_heads(int64_t rows, float* q, const Plane& plane, const Context& context, float factor,
+                                float* scores, int64_t stride) {
+  float scaled[2 * kMostDim], inverse[2];
+  scale_rows(q, factor, scaled, rows * plane.dim);
+  (rows == 2 ? score_two : score_one)(scaled, plane, context, scores, stride);
+  for (int64_t r = 0; r < rows; ++r) inverse[r] = 1.0f / weigh_row(scores + r * stride, context.keys);
+  (rows == 2 ? mix_two : mix_one)(scores, stride, inverse, plane, context, q);
 }
 
 }  // namespace axpo

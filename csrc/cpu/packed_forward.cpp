@@ -128,8 +128,8 @@ void write_kv(const Model& m, const Step& step, int64_t layer, int64_t row, int6
 }
 
 // Replaces the queries of some rows, [rows][q_heads][dim], by what they attend to.
-AXPO_CLONES void attend_rows(const Model& m, const Step& step, int64_t layer, const Context* contexts, int64_t rows,
-                             float* q, float* scores, int64_t stride) {
+void attend_rows(const Model& m, const Step& step, int64_t layer, const Context* contexts, int64_t rows,
+                 float* q, float* scores, int64_t stride) {
   const float* keys = step.kv + 2 * layer * step.plane;
   const int64_t group = m.q_heads / m.kv_heads, head_size = step.block_size * m.dim;
   const float factor = m.scale * kLog2e;
@@ -138,9 +138,9 @@ AXPO_CLONES void attend_rows(const Model& m, const Step& step, int64_t layer, co
       const Plane plane{keys + h * head_size, keys + step.plane + h * head_size, m.kv_heads * head_size,
                         step.block_size, m.dim};
       float* head = q + (r * m.q_heads + h * group) * m.dim;
-      int64_t g = 0;
-      for (; g + 2 <= group; g += 2) attend_heads<2>(head + g * m.dim, plane, contexts[r], factor, scores, stride);
-      if (g < group) attend_heads<1>(head + g * m.dim, plane, contexts[r], factor, scores, stride);
+      for (int64_t g = 0; g < group; g += 2) {
+        attend_heads(std::min<int64_t>(2, group - g), head + g * m.dim, plane, contexts[r], factor, scores, stride);
+      }
     }
   }
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.models.qwen3_vl import DecoderLayer, Qwen3VL, mrope, mrope_table
 from engine.models.vision import VisionInput
@@ -87,7 +87,8 @@ class PackedModel:
         return packed_linear(hidden, self._head, self.model.config.text.vocab_size)
 
 
-def _pack_layer(layer: DecoderLayer) -> list[Tensor]:
+def _pack_layer(layer: nn.Module) -> list[Tensor]:
+    assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.self_attn, layer.mlp
     keys_values = torch.cat([attention.k_proj.weight, attention.v_proj.weight])
     return [

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from engine.models.vision import PatchMerger, VisionFeatures, VisionTower
+from engine.models.vision import PatchMerger, VisionBlock, VisionFeatures, VisionTower
 from kernels.packed import PANEL, can_pack_tensors, pack_bias, pack_panels, packed_vision
 
 BLOCK_BYTES = 4 << 20
@@ -34,6 +34,7 @@ class PackedVision:
         assert patch.bias is not None
         weights = [pack_panels(patch.weight.flatten(1)), pack_bias(patch.bias)]
         for block in tower.blocks:
+            assert isinstance(block, VisionBlock)
             weights += [*_norm(block.norm1), *_linear(block.attn.qkv), *_linear(block.attn.proj)]
             weights += [*_norm(block.norm2), *_linear(block.mlp.linear_fc1), *_linear(block.mlp.linear_fc2)]
         for merger in (tower.merger, *tower.deepstack_merger_list):
@@ -51,7 +52,7 @@ class PackedVision:
             torch.tensor([height * width for height, width in frames]),
             [table for frame in frames for table in self._table(frame)],
             self._weights,
-            config.deepstack_visual_indexes,
+            list(config.deepstack_visual_indexes),
             config.depth,
             config.num_heads,
             config.spatial_merge_size**2,
