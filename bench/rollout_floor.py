@@ -42,7 +42,7 @@ class Products:
         try:
             run()
         finally:
-            llm.runner._hidden, vision.encode = hidden, encode  # type: ignore[method-assign]
+            llm.runner._hidden, vision.encode = hidden, encode
         return products
 
     @torch.inference_mode()
