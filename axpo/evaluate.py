@@ -63,13 +63,14 @@ class Evaluation:
         return cls(record["step"], [QuestionResult(**question) for question in record["questions"]])
 
 
-def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluation:
+def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluation | None:
     """Rolls out `eval.samples` times on the first `eval.questions` held-out questions; ranks share the work.
 
     The noise is the same at every evaluation of a run, so that before and after differ by the policy alone.
+    None on every rank when the agent of any was interrupted before its questions were done.
     """
     from axpo.distributed import gather_objects, rank, world_size
-    from axpo.rollout import Limits
+    from axpo.rollout import InterruptedRollouts, Limits
 
     limits = Limits(
         max_turns=config.eval.max_turns,
@@ -83,11 +84,17 @@ def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluat
     results: list[tuple[int, QuestionResult]] = []
     for start in range(0, len(mine), _BATCH):
         questions = [(index, task.question("heldout", index)) for index in mine[start : start + _BATCH]]
-        for branches in agent.rollouts(0, questions, config.eval.samples, limits):
+        try:
+            groups = agent.rollouts(0, questions, config.eval.samples, limits)
+        except InterruptedRollouts:
+            break
+        for branches in groups:
             rewards, used = [branch.reward for branch in branches], [bool(branch.calls) for branch in branches]
             results.append((branches[0].group, QuestionResult(branches[0].question.id, rewards, used)))
             agent.close(branches)
     ordered = sorted(gather_objects(results), key=lambda result: result[0])
+    if len(ordered) < config.eval.questions:
+        return None
     return Evaluation(step, [question for _, question in ordered])
 
 
@@ -148,13 +155,13 @@ def main() -> None:
     from axpo import distributed
     from axpo.inputs import check_inputs, make_agent
 
-    distributed.initialise(distributed.device())
     try:
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_inputs(config)
     except (ValueError, OSError) as error:
         exit_with("axpo.evaluate", error)
     result = evaluate(make_agent(config, inputs), inputs.task, config, step=0)
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and result is not None:
         Console().print(comparison([(config.model.path, result)]))
     distributed.finish()
 

@@ -8,15 +8,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.attention import PagedAttention
+from engine.attention import Backend
+from engine.attention.ours import Ours
 from engine.batch import DecodeBatch
+from engine.graphs import DecodeGraphs
 from engine.images import ImageInput
 from engine.logits import details
-from engine.memory import KVCache
 from engine.models import PackedModel, PackedVision, Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
-from kernels import PagedPlan, can_run_layers, paged_plan, sample
+from kernels import linear_sample, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +48,32 @@ class Packed:
 
 
 class Runner:
-    def __init__(self, model: Qwen3VL, kv: KVCache, block_size: int, vision_cache_bytes: int, share_prefixes: bool):
+    def __init__(self, model: Qwen3VL, attention: Backend, block_size: int, vision_cache_bytes: int):
         self.model = model
-        self.kv = kv
-        self.share_prefixes = share_prefixes
+        self.attention = attention
         self.block_size = block_size
         self.device = next(model.parameters()).device
         self.vision = VisionCache(model, vision_cache_bytes)
+        self.graphs: DecodeGraphs | None = None
+        self.packed: PackedModel | None = None
+        if isinstance(attention, Ours) and PackedModel.serves(model, attention.kv):
+            self.packed = PackedModel(model, attention.kv)
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
-        self._scale = model.config.text.head_dim**-0.5
-        self._whole_layers = can_run_layers(kv.layer(0)[0])
-        self.packed = PackedModel(model, kv) if PackedModel.serves(model, kv) else None
+
+    def use_graphs(self, max_rows: int, capture: bool) -> None:
+        """Decodes at fixed addresses, with `capture` as CUDA graphs; only our own attention can."""
+        if isinstance(self.attention, Ours):
+            kv = self.attention.kv
+            room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
+            self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
 
     def weights_updated(self) -> None:
-        """Drops what was computed, or packed, from the old weights."""
+        """Drops what was computed from the old weights."""
         self.vision.weights_updated()
         if self.packed is not None:
             self.packed.refresh()
+        if self.graphs is not None:
+            self.graphs.weights_updated()
 
     @torch.inference_mode()
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
@@ -95,24 +105,9 @@ class Runner:
         """Final hidden states of some rows of the step, [n, H]."""
         if self.packed is not None:
             return self.packed.hidden(packed, self._tensor(rows), vision)
-        attention = PagedAttention(
-            self.kv,
-            self._tensor(packed.tables),
-            self._tensor(packed.cu_seqlens),
-            self._tensor(packed.context_lens),
-            self._tensor(packed.slots),
-            None if packed.writes is None else self._tensor(packed.writes),
-            self._scale,
-            self._plan(packed),
-            self._whole_layers,
-        )
-        hidden = self.model(self._tensor(packed.token_ids), self._tensor(packed.position_ids), attention, vision)
+        tokens, positions = self._tensor(packed.token_ids), self._tensor(packed.position_ids)
+        hidden = self.model(tokens, positions, self.attention.step(packed), vision)
         return hidden if len(rows) == len(hidden) else hidden[self._tensor(rows)]
-
-    def _plan(self, packed: Packed) -> PagedPlan:
-        """Made from what the host has, once for all layers."""
-        heads, cache = self.model.config.text.num_heads, self.kv.layer(0)[0]
-        return paged_plan(packed.tables, packed.cu_seqlens, packed.context_lens, heads, cache, self.share_prefixes)
 
     def _vision(self, chunks: list[Chunk], row: int) -> VisionInput | None:
         """The rows of the images' features that fall into the chunks, and where they go in the packed batch."""
@@ -145,9 +140,14 @@ class Runner:
             temperature, top_p, min_p = (
                 np.append(column, more) for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
             )
-        logits = (self.packed or self.model).logits(hidden)
         shaped = [(row, batch.requests[row]) for row in batch.shaped]
         shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
+        if not (shaped or hidden.is_cuda or top_k.any() or min_p.any() or (top_p < 1).any()):
+            # On a CPU the same bits as below: what a row says does not depend on what others in the batch ask for.
+            rows = self._tensor(seeds), self._tensor(noise_positions), self._tensor(temperature)
+            drawn = linear_sample(hidden, self.model.head_weight, *rows, self._banned)
+            return Sampled(requests, drawn[0].numpy(), drawn[1].tolist(), drawn[2].tolist())
+        logits = self.model.logits(hidden)
         raw = {row: logits[row].clone() for row, _ in shaped}
         for row, request in shaped:
             assert request.shaper is not None
@@ -238,6 +238,10 @@ class VisionCache:
         self.encoded = 0
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
 
     def clear(self) -> None:
         self._entries.clear()

@@ -13,6 +13,7 @@ from typing import Any
 
 from axpo.grading import Kind, Rubric
 from axpo.images import load_image
+from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
 
 INSTRUCTION = r"Give the final answer as <answer>\boxed{...}</answer>."
@@ -68,6 +69,12 @@ class JsonlTask:
             answer=row.rubric.answers[0],
             rubric=row.rubric,
         )
+
+    def content_hash(self, split: Split) -> str:
+        """Of every row and every image file, in the order of the rows; where the files lie does not matter."""
+        rows = self._rows[split]
+        texts = [json.dumps([row.id, row.question, repr(row.rubric), len(row.images)]) for row in rows]
+        return hash_files([path for row in rows for path in row.images], *texts)
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -1,7 +1,7 @@
 """The models that the engine serves and the trainer trains: one definition, two attentions."""
 
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
-from engine.models.fused import fuse_projections, pack_projections
+from engine.models.fused import adjacent_parameters, fuse_projections, pack_projections
 from engine.models.packed import PackedModel
 from engine.models.packed_vision import PackedVision
 from engine.models.qwen3_vl import Predict, Qwen3VL
@@ -17,6 +17,7 @@ __all__ = [
     "VisionConfig",
     "VisionFeatures",
     "VisionInput",
+    "adjacent_parameters",
     "fuse_projections",
     "pack_projections",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.models.qwen3_vl import DecoderLayer, Qwen3VL, mrope, mrope_table
 from engine.models.vision import VisionInput
-from kernels.packed import can_pack, pack_gate_up, pack_panels, packed_forward, packed_linear
+from kernels.packed import can_pack, pack_gate_up, pack_panels, packed_forward
 
 if TYPE_CHECKING:
     from engine.memory import KVCache
@@ -48,7 +48,6 @@ class PackedModel:
         """To be called when the weights have changed."""
         language = self.model.model.language_model
         self._layers = [tensor for layer in language.layers for tensor in _pack_layer(layer)]
-        self._head = pack_panels(self.model.head_weight)
         self._norm = language.norm.weight.detach().clone()
         self._embedding = language.embed_tokens.weight.detach()
 
@@ -81,10 +80,6 @@ class PackedModel:
         """cos, sin [positions, D / 2] of a token that stands at the same position on all three axes."""
         cos, sin = mrope(torch.arange(positions).expand(3, -1), self.model.config.text)
         return cos.contiguous(), sin.contiguous()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> logits [N, V]."""
-        return packed_linear(hidden, self._head, self.model.config.text.vocab_size)
 
 
 def _pack_layer(layer: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Whole steps of a small model in one call to C++, for inference on the CPU: all layers, the LM head, the vision tower.
+"""Whole steps of a small model in one call to C++, for inference on the CPU: all layers, the vision tower.
 
 A thread takes a share of the sequences (or images) through all layers by itself, with its own matrix products over
 weights packed for them. There is no barrier between operators, and a row's result does not depend on the batch, on what
@@ -42,11 +42,6 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def pack_bias(bias: torch.Tensor) -> torch.Tensor:
     """[N] padded with zeros to whole panels."""
     return F.pad(bias, (0, -len(bias) % PANEL))
-
-
-def packed_linear(x: torch.Tensor, panels: torch.Tensor, columns: int) -> torch.Tensor:
-    """x [M, K] times a packed weight of `columns` rows -> [M, columns]. A row's bits depend on that row alone."""
-    return torch.ops.axpo.packed_linear.default(x, panels, columns)
 
 
 def packed_forward(
@@ -130,10 +125,6 @@ if LOADED:
     @torch.library.register_fake("axpo::packed_vision")
     def _(pixels, lengths, tables, weights, levels, blocks, heads, unit, width, eps):
         return pixels.new_empty(len(levels) + 1, len(pixels) // unit, width)
-
-    @torch.library.register_fake("axpo::packed_linear")
-    def _(x, panels, columns):
-        return x.new_empty(len(x), columns)
 
     @torch.library.register_fake("axpo::packed_forward")
     def _(

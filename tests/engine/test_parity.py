@@ -3,71 +3,22 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
-from engine.images import ImageInput
-from engine.models import VisionInput
-from engine.runner import Packed
-from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
-
-SIZES = [(32, 32), (24, 48), (64, 16), (8, 8), (37, 53)]
+from tests.engine.reference import prefill_logits, random_prompt, reference_inputs
 
 
-def random_prompt(rng: random.Random, llm: LLM, images: int) -> tuple[list[int], list[ImageInput]]:
-    """Random text with `images` random pictures of several sizes in between."""
-    tokens, inputs = [rng.randrange(7, 260) for _ in range(rng.randint(3, 12))], []
-    for _ in range(images):
-        width, height = rng.choice(SIZES)
-        pixels = np.random.default_rng(rng.randrange(2**31)).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        inputs.append(llm.processor.image(Image.fromarray(pixels)))
-        tokens += [VISION_START] + [IMAGE] * inputs[-1].num_tokens + [VISION_END]
-        tokens += [rng.randrange(7, 260) for _ in range(rng.randint(0, 9))]
-    return tokens, inputs
-
-
-def reference_inputs(tokens: list[int], images: list[ImageInput]) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([tokens])
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if images:
-        out["pixel_values"] = torch.cat([image.pixel_values for image in images])
-        out["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
-        out["mm_token_type_ids"] = (ids == IMAGE).int()
-    return out
-
-
-def prefill_logits(llm: LLM, tokens: list[int], images: list[ImageInput]) -> torch.Tensor:
-    """All positions' logits through the engine's own paged forward."""
-    captured: list[torch.Tensor] = []
-    llm.reset_prefix_cache()
-    some_rows = llm.runner._hidden
-
-    def every_row(packed: Packed, rows: np.ndarray, vision: VisionInput | None) -> torch.Tensor:
-        captured.append(some_rows(packed, np.arange(len(packed.token_ids)), vision))
-        return captured[-1][torch.from_numpy(rows)]
-
-    llm.runner._hidden = every_row
-    with llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}) as sequence:
-        llm.prefill([sequence])
-    llm.runner._hidden = some_rows
-    return llm.model.logits(torch.cat(captured))
-
-
-@pytest.mark.parametrize("block_size", [8, 16])  # with 16 the steps are those of kernels.packed
 @pytest.mark.parametrize("fixture", ["vl_checkpoint", "vl_untied_checkpoint"])
-def test_vl_prefill_and_greedy_equal_transformers(
-    fixture: str, block_size: int, request: pytest.FixtureRequest
-) -> None:
+def test_vl_prefill_and_greedy_equal_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(fixture)
     seed = random.randrange(2**31)
     rng = random.Random(seed)
     reference = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     reference.generation_config.eos_token_id = None  # else it may not be generated before min_new_tokens
-    llm = LLM(path, kv_cache_bytes=1 << 24, block_size=block_size, max_batch_tokens=rng.choice([17, 64, 4096]))
+    llm = LLM(path, kv_cache_bytes=1 << 24, max_batch_tokens=rng.choice([17, 64, 4096]))
     prompts = [random_prompt(rng, llm, images) for images in (0, 1, 2, 3, 4)]
     for tokens, images in prompts:
         with torch.no_grad():
@@ -117,6 +68,29 @@ def test_text_prefill_and_greedy_equal_transformers(text_checkpoint: Path) -> No
             pad_token_id=0,
         )
         assert output.outputs[0].token_ids == greedy[0, len(tokens) :].tolist(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_bf16_is_as_close_to_exact_as_transformers(images: int, vl_checkpoint: Path) -> None:
+    """Both beside the same rounded weights in fp32; and what is said greedily is the best token up to that error."""
+    seed = random.randrange(2**31)
+    rng = random.Random(seed)
+    narrow = Qwen3VLForConditionalGeneration.from_pretrained(vl_checkpoint, dtype=torch.bfloat16).eval()
+    exact = Qwen3VLForConditionalGeneration.from_pretrained(vl_checkpoint, dtype=torch.bfloat16).float().eval()
+    llm = LLM(vl_checkpoint, dtype=torch.bfloat16, kv_cache_bytes=1 << 24, max_batch_tokens=rng.choice([17, 4096]))
+    tokens, pictures = random_prompt(rng, llm, images)
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    prompt = {"prompt_token_ids": tokens, "multi_modal_data": {"image": pictures}}
+    whole = tokens + llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+    with torch.no_grad():
+        expected, theirs = (model(**reference_inputs(whole, pictures)).logits[0].float() for model in (exact, narrow))
+    ours = prefill_logits(llm, whole, pictures)
+    errors = [((logits - expected).norm() / expected.norm()).item() for logits in (ours, theirs)]
+    assert errors[0] < 1.3 * errors[1] + 1e-3, f"{errors} (seed {seed})"
+    expected[:, list(llm.config.banned_token_ids)] = -torch.inf
+    said = expected[len(tokens) - 1 : -1].gather(1, torch.tensor(whole[len(tokens) :])[:, None])[:, 0]
+    slack = 2 * (ours - expected)[expected.isfinite()].abs().max()
+    assert (expected[len(tokens) - 1 : -1].amax(1) - said <= slack).all(), f"seed {seed}"
 
 
 def test_logprobs_and_entropies_are_those_of_transformers(vl_checkpoint: Path) -> None:
