@@ -10,19 +10,30 @@ constexpr int64_t kBlock = 64;          // tokens whose noise is made together: 
 constexpr float kLargestNoise = 23.0f;  // the noise is at most -log(2^-33) = 22.9
 
 // Philox4x32-10 (Salmon et al., SC'11), counter = (block, 0, position low, position high), key = seed.
-// A loop over independent counters, which the compiler turns into one vector lane each.
-static AXPO_INLINE void philox16(uint32_t block, uint64_t position, uint64_t seed, uint32_t* __restrict out) {
-  for (int lane = 0; lane < 16; ++lane) {
-    uint32_t a = block + lane, b = 0, c = (uint32_t)position, d = (uint32_t)(position >> 32);
+// Sixteen counters at once, kept as two vectors of eight, whose products of 32 by 32 bits the processor has.
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+
+template <class Multiply>
+static AXPO_INLINE void philox16(uint32_t block, uint64_t position, uint64_t seed, uint32_t* __restrict out,
+                                 Multiply multiply) {
+  const u64x8 low = u64x8{} + 0xffffffffu, lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    u64x8 a = lane + (uint64_t)(block + 8 * half), b = {}, c = b + (uint64_t)(uint32_t)position, d = b + (position >> 32);
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const uint64_t x = (uint64_t)0xD2511F53u * a, y = (uint64_t)0xCD9E8D57u * c;
-      a = (uint32_t)(y >> 32) ^ b ^ key0, b = (uint32_t)y;
-      c = (uint32_t)(x >> 32) ^ d ^ key1, d = (uint32_t)x;
+      const u64x8 x = multiply(a, 0xD2511F53u), y = multiply(c, 0xCD9E8D57u);
+      a = (y >> 32) ^ b ^ (uint64_t)key0, b = y & low;
+      c = (x >> 32) ^ d ^ (uint64_t)key1, d = x & low;
       key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
     }
-    out[4 * lane] = a, out[4 * lane + 1] = b, out[4 * lane + 2] = c, out[4 * lane + 3] = d;
+    // Every lane's four words lie one behind the other.
+    const u64x8 ab = a | b << 32, cd = c | d << 32;
+    const u64x8 first = __builtin_shuffle(ab, cd, u64x8{0, 8, 1, 9, 2, 10, 3, 11});
+    const u64x8 second = __builtin_shuffle(ab, cd, u64x8{4, 12, 5, 13, 6, 14, 7, 15});
+    std::memcpy(out + 32 * half, &first, sizeof first);
+    std::memcpy(out + 32 * half + 16, &second, sizeof second);
   }
 }
 
@@ -60,11 +71,21 @@ static AXPO_INLINE f32x8 gumbel8(const uint32_t* words) {
   return -(k * ln2 + log_near_one(m - one));
 }
 
-// Index of the largest z + noise, the lowest on ties, -1 when all z are -inf; *best becomes that sum. z is of the tokens
-// from `first` on, a multiple of kBlock, and padded with -inf to whole blocks. A block that cannot win even with the
-// largest noise gets none; the one with the largest z goes first.
-static AXPO_INLINE int64_t gumbel_argmax(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position,
-                                         float* best_sum) {
+// Words of at least this give a noise below `noise`: -log(-log(1 - v)) >= noise asks for v <= 1 - e^(-e^-noise). With a
+// margin for rounding; 2^32 - 1 where any word may do.
+static AXPO_INLINE uint32_t words_above(float noise) {
+  if (noise < -3.0f) return 0xffffffffu;
+  const double v = -std::expm1(-std::exp(-(double)noise)) * 1.0001 + 1e-9;
+  return v >= 1.0 ? 0xffffffffu : (uint32_t)(v * 4294967296.0);
+}
+
+// Index of the largest z + noise, the lowest on ties, -1 when all z are -inf; *best_sum becomes that sum. z is of the
+// tokens from `first` on, a multiple of kBlock, and padded with -inf to whole blocks.
+// A block that cannot win even with the largest noise gets none; the one with the largest z goes first. Of a block, only
+// the tokens whose random word can lift the block's largest z above the best so far have their noise computed.
+template <class Multiply>
+static AXPO_INLINE int64_t argmax_of(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position,
+                                     float* best_sum, Multiply multiply) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   int64_t start = 0, winner = -1;
   float top = -kInfinity, best = -kInfinity;
@@ -78,30 +99,62 @@ static AXPO_INLINE int64_t gumbel_argmax(const float* z, int64_t n, int64_t firs
     if (m > top) top = m, start = b;
   }
   if (top == -kInfinity) return -1;
-  alignas(32) uint32_t words[kBlock];
-  alignas(32) float noisy[kBlock];
+  alignas(64) uint32_t words[kBlock];
   for (int64_t step = 0; step <= blocks; ++step) {
     const int64_t b = step == 0 ? start : step - 1;
-    if (step > 0 && (b == start || block_max(b) + kLargestNoise < best)) continue;
-    philox16((uint32_t)(first / 4 + b * (kBlock / 4)), position, seed, words);
-    f32x8 m = splat8(-kInfinity);
+    if (step > 0 && b == start) continue;
+    const float high = block_max(b);
+    if (high == -kInfinity || high + kLargestNoise < best) continue;
+    philox16((uint32_t)(first / 4 + b * (kBlock / 4)), position, seed, words, multiply);
+    const uint32_t limit = best == -kInfinity ? 0xffffffffu : words_above(best - high - 1e-3f);
     for (int64_t i = 0; i < kBlock; i += 8) {
-      const f32x8 v = load8(z + b * kBlock + i) + gumbel8(words + i);
-      store8(noisy + i, v);
-      m = max8(m, v);
+      uint32_t lowest = words[i];
+      for (int64_t j = 1; j < 8; ++j) lowest = words[i + j] < lowest ? words[i + j] : lowest;
+      if (lowest > limit) continue;
+      const f32x8 noisy = load8(z + b * kBlock + i) + gumbel8(words + i);
+      const float here = hmax8(noisy);
+      const int64_t at = b * kBlock + i;
+      if (here < best || here == -kInfinity || (here == best && at > winner)) continue;
+      int64_t j = 0;
+      while (noisy[j] != here) ++j;
+      winner = at + j;
+      best = here;
     }
-    const float block_best = hmax8(m);
-    if (block_best < best || block_best == -kInfinity || (block_best == best && b * kBlock > winner)) continue;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      if (noisy[i] == block_best) {
-        winner = b * kBlock + i;
-        break;
-      }
-    }
-    best = block_best;
   }
   *best_sum = best;
   return winner;
+}
+
+struct Multiply {
+  AXPO_INLINE u64x8 operator()(u64x8 a, uint32_t b) const { return a * (uint64_t)b; }
+};
+AXPO_CLONES static int64_t argmax_any(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position,
+                                      float* best) {
+  return argmax_of(z, n, first, seed, position, best, Multiply());
+}
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
+struct MultiplyWide {  // the compiler would multiply all 64 bits, which takes three instructions
+  AXPO_INLINE u64x8 operator()(u64x8 a, uint32_t b) const {
+    const u64x8 factor = u64x8{} + (uint64_t)b;
+    u64x8 product;
+    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(factor));
+    return product;
+  }
+};
+__attribute__((target("arch=x86-64-v4"))) static int64_t argmax_wide(const float* z, int64_t n, int64_t first,
+                                                                      uint64_t seed, uint64_t position, float* best) {
+  return argmax_of(z, n, first, seed, position, best, MultiplyWide());
+}
+static bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
+#else
+static int64_t argmax_wide(const float*, int64_t, int64_t, uint64_t, uint64_t, float*) { return -1; }
+static bool has_wide() { return false; }
+#endif
+
+static int64_t gumbel_argmax(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position, float* best) {
+  static const bool wide = has_wide();
+  return wide ? argmax_wide(z, n, first, seed, position, best) : argmax_any(z, n, first, seed, position, best);
 }
 
 }  // namespace axpo

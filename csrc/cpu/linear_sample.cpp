@@ -2,9 +2,11 @@
 // Logits are those of `linear`, and a chunk's sums and noise are those of `sample`, so all results are, bit for bit.
 #include "gumbel.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "linear.h"
@@ -72,10 +74,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_sample(const Tensor& hidden, const Ten
 
   const Strips x(hidden.contiguous());
   std::vector<Chunk> found(chunks * rows);
-  const int64_t row_blocks = (rows + kRows - 1) / kRows, most = std::min(rows, kRows);
+  // Fewer rows a block where there would be less than one block a thread; bits do not depend on it.
+  const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
+  const int64_t block = std::clamp<int64_t>((rows * chunks + threads - 1) / threads, 8, kRows);
+  const int64_t row_blocks = (rows + block - 1) / block, most = std::min(rows, block);
   parallel_items(row_blocks * chunks, most * kColumns + product_scratch(), [&](int64_t item, float* scratch) {
     const int64_t chunk = item % chunks, first = chunk * kColumns, end = std::min(n, first + kColumns);
-    const int64_t row = item / chunks * kRows, count = std::min(kRows, rows - row);
+    const int64_t row = item / chunks * block, count = std::min(block, rows - row);
     x.times(weight, row, count, first, end, scratch, kColumns, scratch + most * kColumns);
     for (int64_t r = row; r < row + count; ++r) {
       use_up(scratch + (r - row) * kColumns, end - first, first, t[r], (uint64_t)seed[r], (uint64_t)position[r], ban,
