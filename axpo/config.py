@@ -44,13 +44,19 @@ class Model(_Section):
 
 class Data(_Section):
     task: Literal["mini", "jsonl"] = Field(
-        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (your own questions and images)"
+        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (rows of your own, Parquet too)"
     )
     path: str = Field(
-        default="", description="task 'jsonl': file of rows {id, question, images: [paths], answer}, to train on"
+        default="",
+        description="task 'jsonl': .jsonl, .parquet or .arrow file of rows {id, question, images, answer, …} "
+        "(docs/data.md), or a folder of them, to train on",
     )
     heldout_path: str = Field(
         default="", description="task 'jsonl': the same for evaluation; empty needs eval.questions = 0"
+    )
+    check_rows: CountOrOff = Field(
+        default=20_000,
+        description="task 'jsonl': rows, evenly spread, that are checked in full before the run starts; 0: all",
     )
 
     @model_validator(mode="after")

@@ -73,5 +73,6 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
 
 def _task(config: Config) -> Task:
     if config.data.task == "jsonl":
-        return get_task("jsonl", path=config.data.path, heldout_path=config.data.heldout_path)
+        data = config.data
+        return get_task("jsonl", path=data.path, heldout_path=data.heldout_path, check_rows=data.check_rows)
     return get_task(config.data.task)

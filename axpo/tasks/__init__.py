@@ -89,10 +89,10 @@ def _mini(**options: Any) -> Task:
     return MiniTask(**options)
 
 
-def _jsonl(**options: Any) -> Task:
-    from axpo.tasks.jsonl import JsonlTask
+def _rows(**options: Any) -> Task:
+    from axpo.tasks.rows import RowsTask
 
-    return JsonlTask(**options)
+    return RowsTask(**options)
 
 
-_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _jsonl}
+_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _rows}
