@@ -1,4 +1,4 @@
-"""Rows of questions and conversations: read lazily, checked by name, converted from published formats (docs/data.md)."""
+"""Rows of questions and conversations: read lazily, checked by name, converted from other formats (docs/data.md)."""
 
 from axpo.data.dataset import DataError, Rows
 from axpo.data.rows import INSTRUCTION, Row, parse_row

@@ -1,11 +1,12 @@
 """The rows of a file or of a folder of shards, in one numbering, read when they are asked for."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from axpo.data.rows import FIELDS, Row, parse_row
+from axpo.data.rows import FIELDS, Row, check_pictures, parse_row
 from axpo.data.tables import TableError, find_files, open_table
 from axpo.grading import Kind
 
@@ -44,7 +45,7 @@ class Rows:
             raise IndexError(f"{self.path} has {len(self)} rows, none with index {index}")
         row, problems = self._read(index)
         if row is None:
-            raise DataError(_report(problems))
+            raise DataError(report(problems))
         return row
 
     def __iter__(self) -> Iterator[Row]:
@@ -58,15 +59,15 @@ class Rows:
                 return row
         raise LookupError(f"{self.path} has no row with this id")
 
-    def check(self, count: int = 0, *, conversations: bool | None = None) -> set[Kind]:
-        """Reads `count` rows (evenly spread; 0: all), decodes their images, and returns the graders they need.
+    def check(self, count: int = 0, *, conversations: bool | None = None) -> Counter[Kind]:
+        """Reads `count` rows (evenly spread; 0: all), decodes their images, and counts the graders that questions need.
 
         conversations: True wants only them, False only questions, None takes both.
 
         Raises:
             DataError: with the first problems of all those found.
         """
-        kinds: set[Kind] = set()
+        kinds: Counter[Kind] = Counter()
         seen: dict[str, int] = {}
         problems: list[str] = []
         total = len(self)
@@ -86,11 +87,11 @@ class Rows:
             if conversations is not None and row.is_conversation != conversations:
                 ends, wanted = ("assistant", "user") if row.is_conversation else ("user", "assistant")
                 problems.append(f"{place}: row {row.id!r}: messages: end with {ends!r}; here they must with {wanted!r}")
-            problems += [f"{place}: row {row.id!r}: {problem}" for problem in _undecodable(row)]
-            if row.rubric is not None:
-                kinds.add(row.rubric.kind)
+            problems += [f"{place}: row {row.id!r}: {problem}" for problem in check_pictures(row)]
+            if row.rubric is not None and not row.is_conversation:
+                kinds[row.rubric.kind] += 1
         if problems:
-            raise DataError(_report(problems))
+            raise DataError(report(problems))
         return kinds
 
     def place(self, index: int) -> str:
@@ -109,18 +110,7 @@ class Rows:
         return row, [f"{self.place(index)}: {problem}" for problem in problems]
 
 
-def _undecodable(row: Row) -> list[str]:
-    from axpo.images import load_image
-
-    problems = []
-    for index, picture in enumerate(row.pictures):
-        try:
-            load_image(picture, f"images[{index}]")
-        except ValueError as error:
-            problems.append(str(error) if isinstance(picture, bytes) else f"images[{index}]: {error}")
-    return problems
-
-
-def _report(problems: list[str]) -> str:
+def report(problems: list[str]) -> str:
+    """The first problems, a line each, and how many more there are."""
     more = [f"… and {len(problems) - _SHOWN} more problems"] if len(problems) > _SHOWN else []
     return "\n".join(problems[:_SHOWN] + more)

@@ -75,6 +75,17 @@ def parse_row(record: Any, folder: Path) -> tuple[Row | None, list[str]]:
     return Row(row_id, messages, tuple(pictures), rubric, meta), []
 
 
+def check_pictures(row: Row) -> list[str]:
+    """Decodes the row's images: a problem for each that is missing, too large or damaged."""
+    problems = []
+    for index, picture in enumerate(row.pictures):
+        try:
+            load_image(picture, f"images[{index}]")
+        except ValueError as error:
+            problems.append(str(error) if isinstance(picture, bytes) else f"images[{index}]: {error}")
+    return problems
+
+
 def text_field(record: dict[str, Any], name: str, problems: list[str]) -> str:
     """A field as text (a number is taken as it is written); a missing, empty or other value adds a problem."""
     value = record.get(name)
@@ -143,7 +154,7 @@ def _message(given: dict[str, Any], name: str, left: Any, ordered: list[Picture]
 
 def _pictures(given: Any, folder: Path, problems: list[str]) -> list[Picture]:
     given = [] if given is None else given
-    if not isinstance(given, list) or not all(isinstance(one, str | bytes | dict) and one for one in given):
+    if not isinstance(given, list) or not all(isinstance(one, str | bytes | dict | Path) and one for one in given):
         problems.append(f"images = {_short(given)}: must be a list of file names, data URIs or {{bytes, path}}")
         return []
     pictures = [_picture(one, folder, f"images[{index}]", problems) for index, one in enumerate(given)]
@@ -154,7 +165,7 @@ def _picture(given: Any, folder: Path, name: str, problems: list[str]) -> Pictur
     """An image as it is stored: bytes, {bytes, path} (`datasets`), a data URI, or a path."""
     if isinstance(given, dict):
         given = given.get("bytes") or given.get("path")
-    if isinstance(given, bytes):
+    if isinstance(given, bytes | Path):
         return given
     if not isinstance(given, str) or not given:
         problems.append(f"{name} = {_short(given)}: must be a file name, a data URI, or {{bytes, path}}")

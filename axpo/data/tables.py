@@ -1,7 +1,7 @@
 """Files of records, by number and without reading them whole: JSON lines, Parquet, Arrow, and JSON lists and TSV.
 
-What stays in memory is where rows begin (16 bytes a line of text, a few numbers a Parquet row group), and the row groups
-read last. Images stay encoded.
+What stays in memory is where rows begin (16 bytes a line of text, a few numbers a Parquet row group), and the row
+groups read last. Images stay encoded.
 """
 
 import csv
