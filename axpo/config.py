@@ -248,12 +248,33 @@ class Checkpoint(_Section):
 
 class Eval(_Section):
     questions: CountOrOff = Field(default=256, description="held-out questions; 0: no evaluation")
-    samples: Count = Field(default=4, description="rollouts a question, k of Pass@k")
+    samples: Count = Field(default=4, description="rollouts a question, n of Pass@k")
+    k: CountOrOff = Field(default=0, description="k of Pass@k, unbiased for k up to eval.samples; 0: eval.samples")
     temperature: float = Field(default=0.7, ge=0.0, le=10.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.8, gt=0.0, le=1.0, description="nucleus sampling; 1 is off")
     top_k: CountOrOff = Field(default=20, description="top-k sampling; 0 is off")
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="subtracted from the logits of tokens that a turn has sampled; 0 is off",
+    )
     max_turns: Count = Field(default=5, description="turns of a trajectory; its limits in tokens are rollout's")
     every: CountOrOff = Field(default=0, description="steps between evaluations; 0: only before and after the run")
+    benchmarks: list[str] = Field(
+        default=[], description="of axpo.evaluate: files of rows, each PATH or NAME=PATH, and embedded tasks by name"
+    )
+    limit: CountOrOff = Field(default=0, description="of axpo.evaluate: first questions of a benchmark; 0: all")
+    repeats: Count = Field(default=1, description="of axpo.evaluate: times a benchmark is sampled, for a spread")
+    out: str = Field(
+        default="", description="of axpo.evaluate: folder of its results; empty: benchmarks in the run's directory"
+    )
+
+    @model_validator(mode="after")
+    def _k_of_samples(self) -> Eval:
+        if self.k > self.samples:
+            raise ValueError(f"eval.k = {self.k}: Pass@k needs as many samples; set eval.samples to {self.k} or more")
+        return self
 
 
 class Log(_Section):

@@ -1,4 +1,7 @@
-"""Pass@1, Pass@k and tool use on held-out questions: `python -m axpo.evaluate [recipe] [--section.field value …]`."""
+"""Pass@1, Pass@k and tool use: `[torchrun] -m axpo.evaluate [recipe] [--section.field value …]`.
+
+On held-out questions of the task, as a run does before and after; on benchmarks with `--eval.benchmarks`.
+"""
 
 import math
 from collections.abc import Iterable
@@ -68,17 +71,10 @@ def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluat
 
     The noise is the same at every evaluation of a run, so that before and after differ by the policy alone.
     """
+    from axpo.benchmarks import eval_limits
     from axpo.distributed import gather_objects, rank, world_size
-    from axpo.rollout import Limits
 
-    limits = Limits(
-        max_turns=config.eval.max_turns,
-        max_new_tokens=config.rollout.max_new_tokens,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=config.eval.top_k,
-    )
+    limits = eval_limits(config)
     mine = list(range(config.eval.questions))[rank() :: world_size()]
     results: list[tuple[int, QuestionResult]] = []
     for start in range(0, len(mine), _BATCH):
@@ -141,21 +137,33 @@ def _mean(values: list[float]) -> float | None:
 
 
 def main() -> None:
-    """Evaluates `model.path` and prints the table."""
+    """Evaluates `model.path`, on `eval.benchmarks` or on held-out questions of the task, and prints the table."""
     config = load_config(Config, prog="axpo.evaluate", recipe="mini")
     from rich.console import Console
 
     from axpo import distributed
+    from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
     from axpo.inputs import check_inputs, make_agent
+    from axpo.scores import scores_table
 
     distributed.initialise(distributed.device())
     try:
         inputs = check_inputs(config)
+        tasks = open_benchmarks(config)
+        for task in tasks.values():
+            inputs.grader.check(task.kinds())
+        results = Results(config) if tasks else None
     except (ValueError, OSError) as error:
         exit_with("axpo.evaluate", error)
-    result = evaluate(make_agent(config, inputs), inputs.task, config, step=0)
+    agent = make_agent(config, inputs)
+    if results is not None:
+        shown = scores_table(run_benchmarks(agent, tasks, config, results), config.model.path)
+    else:
+        shown = comparison([(config.model.path, evaluate(agent, inputs.task, config, step=0))])
     if distributed.rank() == 0:
-        Console().print(comparison([(config.model.path, result)]))
+        Console().print(shown)
+        if results is not None:
+            print(f"results {results.path}")
     distributed.finish()
 
 

@@ -83,6 +83,11 @@ def get_task(name: str, **options: Any) -> Task:
     return _TASKS[name](**options)
 
 
+def task_names() -> list[str]:
+    """The embedded tasks: those that need no file."""
+    return [name for name in _TASKS if name != "jsonl"]
+
+
 def _mini(**options: Any) -> Task:
     from axpo.tasks.mini import MiniTask
 
