@@ -1,6 +1,7 @@
 """Advantages and credit: which tokens are trained, and how hard (PAPER.md, "GRPO" and "AXPO" 6)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -8,6 +9,9 @@ import numpy as np
 from axpo.trajectory import SAMPLED, Trajectory
 
 PrefixReward = Literal["original", "joint"]
+Scale = Literal["group", "batch", "none"]
+Shape = Callable[[Trajectory], float]
+"""Trajectory → the reward of which advantages are taken."""
 
 
 def assign_credit(
@@ -15,8 +19,11 @@ def assign_credit(
     resamples: Mapping[str, Sequence[Trajectory]],
     *,
     eps: float = 1e-6,
+    std: float | None = None,
+    shape: Shape = attrgetter("reward"),
     prefix_reward: PrefixReward = "original",
     mask_failed_suffix: bool = True,
+    drop_equal: bool = False,
 ) -> None:
     """Fill `loss_mask` and `advantages` of every rollout and resample, in place.
 
@@ -26,27 +33,60 @@ def assign_credit(
     prefix_reward: "original" normalises each recovery reward among the group's original rewards, "joint" with the
     recovery rewards of all the group's sources in their places.
     mask_failed_suffix=False trains the suffix of a source that no continuation recovered, as GRPO would.
+    std: what centred rewards are divided by in place of their own group's (`advantage_std`).
+    shape: reward shaping. Triggers and recoveries stay what the answers are, and a recovery reward is 0 or 1.
+    drop_equal masks a question's rollouts, and a prefix's continuations, where all their advantages are 0: DAPO's
+    dynamic sampling (Yu et al., 2025), after resampling.
     """
     sources = {rollout.id for group in groups for rollout in group}
     if unknown := set(resamples) - sources:
         raise ValueError(f"resamples of unknown rollouts {sorted(unknown)}")
     for group in groups:
-        rewards = [rollout.reward for rollout in group]
-        advantages = group_advantages(rewards, eps)
-        prefixes = prefix_advantages(rewards, _recoveries(group, resamples), eps, prefix_reward)
+        rewards = [shape(rollout) for rollout in group]
+        advantages = group_advantages(rewards, eps, std)
+        prefixes = prefix_advantages(rewards, _recoveries(group, resamples), eps, prefix_reward, std)
         for index, rollout in enumerate(group):
             _train(rollout, 0, len(rollout.tokens), advantages[index])
             if continuations := resamples.get(rollout.id):
                 _credit_source(rollout, continuations, prefixes[index], mask_failed_suffix)
-                _credit_continuations(continuations, eps)
+                _credit_continuations(continuations, group_advantages([shape(c) for c in continuations], eps, std))
+        if drop_equal:
+            for trajectories in (group, *(resamples.get(rollout.id, ()) for rollout in group)):
+                _drop_if_equal(trajectories)
 
 
-def group_advantages(rewards: Sequence[float], eps: float = 1e-6) -> np.ndarray:
-    """A_i = (r_i − mean(r)) / (std(r) + eps) with the sample standard deviation; 0 where std is 0. float64 [N]."""
+def group_advantages(rewards: Sequence[float], eps: float = 1e-6, std: float | None = None) -> np.ndarray:
+    """A_i = (r_i − mean(r)) / (std(r) + eps) with the sample standard deviation; 0 where std is 0. float64 [N].
+
+    std: divides in place of std(r) + eps; 1 leaves the centred rewards, which is Dr. GRPO's (Liu et al., 2025).
+    """
     values = np.asarray(rewards, dtype=np.float64)
     if len(values) < 2 or (values == values[0]).all():
         return np.zeros_like(values)
-    return (values - values.mean()) / (values.std(ddof=1) + eps)
+    return (values - values.mean()) / (values.std(ddof=1) + eps if std is None else std)
+
+
+def advantage_std(scale: Scale, rewards: Iterable[float], eps: float = 1e-6) -> float | None:
+    """`std` of `assign_credit`. rewards: of all the step's rollouts and resamples, over all ranks.
+
+    group: each group's own (None). none: 1. batch: sample standard deviation over the step, so that a group with
+    little spread is not blown up (Liu et al., "Part I: Tricks or Traps?", 2025: group mean, batch deviation).
+    """
+    if scale == "group":
+        return None
+    return 1.0 if scale == "none" else float(np.std(list(rewards), ddof=1) + eps)
+
+
+def shaped_reward(trajectory: Trajectory, *, max_new_tokens: int, buffer: int, penalty: float) -> float:
+    """DAPO's soft overlong punishment (Yu et al., 2025): the reward, lowered over the last `buffer` tokens.
+
+    By nothing up to max_new_tokens − buffer sampled tokens, by `penalty` at max_new_tokens, linearly in between.
+    Counted are all turns' tokens, a resample's prefix included. buffer 0 is off.
+    """
+    if not buffer:
+        return trajectory.reward
+    excess = trajectory.roles.count(SAMPLED) - (max_new_tokens - buffer)
+    return trajectory.reward - penalty * min(max(excess, 0) / buffer, 1.0)
 
 
 def prefix_advantages(
@@ -54,17 +94,19 @@ def prefix_advantages(
     recovered: Mapping[int, bool],
     eps: float = 1e-6,
     prefix_reward: PrefixReward = "original",
+    std: float | None = None,
 ) -> dict[int, float]:
     """Â_prefix of each source: its entry of the group, normalised after r_prefix ∈ {0, 1} replaced its own reward.
 
     rewards: the group's original N. recovered: index of each source → whether any of its continuations is correct.
+    std: as for `group_advantages`.
     """
     joint = [float(recovered.get(i, reward)) for i, reward in enumerate(rewards)]
     advantages = {}
     for source, success in recovered.items():
         replaced = list(joint if prefix_reward == "joint" else rewards)
         replaced[source] = float(success)
-        advantages[source] = float(group_advantages(replaced, eps)[source])
+        advantages[source] = float(group_advantages(replaced, eps, std)[source])
     return advantages
 
 
@@ -82,12 +124,18 @@ def _credit_source(
         source.advantages[fork:] = [0.0] * (len(source.tokens) - fork)
 
 
-def _credit_continuations(continuations: Sequence[Trajectory], eps: float) -> None:
+def _credit_continuations(continuations: Sequence[Trajectory], advantages: np.ndarray) -> None:
     """Â_k = (r_k − mean_K) / std_K over the K continuations alone, on their own tokens."""
-    advantages = group_advantages([continuation.reward for continuation in continuations], eps)
     for continuation, advantage in zip(continuations, advantages, strict=True):
         assert continuation.fork_token is not None
         _train(continuation, continuation.fork_token, len(continuation.tokens), advantage)
+
+
+def _drop_if_equal(trajectories: Sequence[Trajectory]) -> None:
+    """Masks trajectories that were normalised together when none of their tokens has anything to learn."""
+    if not any(any(trajectory.advantages) for trajectory in trajectories):
+        for trajectory in trajectories:
+            trajectory.loss_mask = [0] * len(trajectory.tokens)
 
 
 def _fork_token(source: Trajectory, continuations: Sequence[Trajectory]) -> int:

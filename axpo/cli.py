@@ -230,9 +230,9 @@ def _arity(info: FieldInfo) -> dict[str, str]:
     return {"nargs": "?"} if info.annotation is bool else {}
 
 
-def exit_with(prog: str, error: Exception) -> NoReturn:
-    """Ends the process with code 2 and the error's own words, a line each; only rank 0 speaks."""
+def exit_with(prog: str, error: Exception, code: int = 2) -> NoReturn:
+    """Ends the process with `code` and the error's own words, a line each; only rank 0 speaks."""
     if int(os.environ.get("RANK", "0")) == 0:
         for line in str(error).splitlines():
             print(f"{prog}: error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -186,6 +186,22 @@ class Algo(_Section):
         default=1e-6, gt=0.0, le=1.0, description="added to the sample standard deviation of a group"
     )
 
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        default="group",
+        description="centred rewards are divided by the standard deviation of their group, of the whole step, or not",
+    )
+    drop_equal_groups: bool = Field(
+        default=False,
+        description="after resampling, leave out rollouts of a question, or of a prefix, whose advantages are all 0",
+    )
+    overlong_buffer: CountOrOff = Field(
+        default=0,
+        description="last tokens of rollout.max_new_tokens over which a reward is lowered; 0 is off",
+    )
+    overlong_penalty: float = Field(
+        default=1.0, gt=0.0, le=100.0, description="by how much the reward of a trajectory of full length is lowered"
+    )
+
     @property
     def resampling_ratio(self) -> float:
         """`budget_ratio`, or 0 under grpo."""
@@ -193,8 +209,12 @@ class Algo(_Section):
 
 
 class Loss(_Section):
+    objective: Literal["clip", "gspo", "cispo"] = Field(
+        default="clip",
+        description="clipped surrogate with a ratio a token or a sequence (gspo), or capped weights on log π (cispo)",
+    )
     clip_low: float = Field(
-        default=0.2, gt=0.0, lt=1.0, description="the probability ratio is clipped below 1 − clip_low"
+        default=0.2, gt=0.0, le=1.0, description="the probability ratio is clipped below 1 − clip_low; 1 is off"
     )
     clip_high: float = Field(
         default=0.4, gt=0.0, le=100.0, description="the probability ratio is clipped above 1 + clip_high"
@@ -202,9 +222,32 @@ class Loss(_Section):
     kl_coef: float = Field(
         default=1e-3, ge=0.0, le=100.0, description="weight β of the KL to the fixed reference; 0 is off"
     )
-    aggregation: Literal["token", "sequence"] = Field(
-        default="token", description="mean over all trained tokens of the step, or over the means of its trajectories"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="estimator of the KL; k1 has the gradient of k2, its own would not see the reference"
     )
+    entropy_coef: float = Field(
+        default=0.0, ge=-10.0, le=10.0, description="weight of the exact entropy, which is added to what is maximised"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        default="token",
+        description="mean over all trained tokens of the step, over the means of its trajectories, or over their sums "
+        "divided by rollout.max_new_tokens",
+    )
+    tis: Literal["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        default="off",
+        description="importance weight trainer/sampler on the surrogate, of a token or a sequence, cut off at tis_cap "
+        "or masked outside of 1/tis_cap to tis_cap",
+    )
+    tis_cap: float = Field(default=2.0, gt=1.0, le=1e6, description="largest importance weight of loss.tis")
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Loss:
+        if self.objective == "gspo" and self.aggregation != "sequence":
+            raise ValueError(
+                f"loss.aggregation = {self.aggregation!r}: loss.objective 'gspo' is a mean over sequences; set it to "
+                "'sequence'"
+            )
+        return self
 
 
 class Optim(_Section):
@@ -239,6 +282,26 @@ class Train(_Section):
     reference_offload: bool = Field(
         default=False, description="keep the reference policy's shards in host memory (loss.kl_coef above 0)"
     )
+    updates_per_batch: Count = Field(
+        default=1, description="optimizer updates of a step; with several the trainer scores π_old before the first"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="only algorithms that give the same bits in every run, or an error (docs/objectives.md)",
+    )
+    minibatches: Count = Field(
+        default=1, description="equal parts of the step's questions, of which each update takes the next"
+    )
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> Train:
+        if self.updates_per_batch % self.minibatches:
+            raise ValueError(
+                f"train.updates_per_batch = {self.updates_per_batch}: not a multiple of train.minibatches = "
+                f"{self.minibatches}, so that some questions would be trained on more often; set it to "
+                f"{self.minibatches} for one update each"
+            )
+        return self
 
 
 class Checkpoint(_Section):
@@ -279,8 +342,17 @@ class Eval(_Section):
 
 class Log(_Section):
     tensorboard: bool = Field(default=True, description="write TensorBoard events")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases, which must be installed")
+    wandb_project: str = Field(default="axpo", min_length=1, description="project of the run there")
     console: bool = Field(default=True, description="show progress; without a terminal, one line a step")
     trees_in_report: CountOrOff = Field(default=8, description="question trees drawn in report.html")
+
+
+class Debug(_Section):
+    replay: str = Field(
+        default="",
+        description="<run>/debug/step_…: make this kept update again, look for the first NaN or infinity, and exit",
+    )
 
 
 class Config(_Section):
@@ -301,6 +373,21 @@ class Config(_Section):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     log: Log = Log()
+    debug: Debug = Debug()
+
+    @model_validator(mode="after")
+    def _fits_the_step(self) -> Config:
+        if self.algo.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algo.overlong_buffer = {self.algo.overlong_buffer}: more than rollout.max_new_tokens = "
+                f"{self.rollout.max_new_tokens}; set it to a part of that"
+            )
+        if self.rollout.questions_per_step % self.train.minibatches:
+            raise ValueError(
+                f"train.minibatches = {self.train.minibatches}: does not divide rollout.questions_per_step = "
+                f"{self.rollout.questions_per_step} into equal parts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heldout_rows(self) -> Config:
@@ -311,12 +398,14 @@ class Config(_Section):
 
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
-    examples: Count = Field(default=20000, description="different teacher trajectories; an epoch goes through them all")
+    examples: Count = Field(default=20000, description="task 'mini': different teacher trajectories of an epoch")
     style: Literal["practice", "crops", "teacher"] = Field(
-        default="teacher", description="what to learn: to see, to read crops, or the imperfect teacher"
+        default="teacher", description="task 'mini': what to learn: to see, to read crops, or the imperfect teacher"
     )
+    tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
+    max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")
     image_label_weight: float = Field(
-        default=0.0, ge=0.0, le=10.0, description="weight of naming what every image token shows; 0 is off"
+        default=0.0, ge=0.0, le=10.0, description="task 'mini': weight of naming what every image token shows; 0 is off"
     )
     from_scratch: bool = Field(
         default=False, description="draw fresh weights; take only shapes and tokenizer from model.path"
@@ -327,7 +416,7 @@ class Sft(_Section):
 
 
 class SftConfig(_Section):
-    """Supervised fine-tuning on the task's teacher trajectories (axpo.sft)."""
+    """Supervised fine-tuning on a teacher's trajectories (axpo.sft)."""
 
     run: Run = Run(name="mini-sft")
     model: Model = Model()
@@ -339,15 +428,20 @@ class SftConfig(_Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _task_has_a_teacher(self) -> SftConfig:
-        if self.data.task != "mini":
-            raise ValueError(f"data.task = {self.data.task!r}: only 'mini' has a teacher to learn from")
+    def _one_update(self) -> SftConfig:
+        if self.train.updates_per_batch > 1:
+            raise ValueError(
+                f"train.updates_per_batch = {self.train.updates_per_batch}: axpo.sft makes one update a step; set it "
+                "to 1 and sft.batch_size to what an update shall see"
+            )
         return self
 
 
 def to_toml(config: BaseModel) -> str:
-    """The resolved configuration as TOML that `axpo.train` reads back; run.resume is always false in it."""
+    """The resolved configuration as TOML that `axpo.train` reads back; run.resume and debug.replay are off in it."""
     sections: dict[str, dict[str, Any]] = config.model_dump(mode="json")
     if "run" in sections:
         sections["run"]["resume"] = False
+    if "debug" in sections:
+        sections["debug"]["replay"] = ""
     return tomli_w.dumps(sections)

@@ -37,6 +37,7 @@ def rollout_metrics(groups: Groups) -> Metrics:
         "length/sampled_tokens": _mean(rollout.roles.count(SAMPLED) for rollout in rollouts),
         "length/cut_rate": _mean(rollout.status == "length" for rollout in rollouts),
         "length/turn_limit_rate": _mean(rollout.status == "turn_limit" for rollout in rollouts),
+        "credit/untrained_groups": float(sum(not _trained(group) for group in groups)),
         **{f"tool_histogram/{count}": float(counts[count]) for count in range(size + 1)},
     }
 
@@ -57,6 +58,7 @@ def resample_metrics(groups: Groups, resamples: Mapping[str, Sequence[Trajectory
         "resample/success_rate": _mean(continuation.correct for continuation in continuations),
         "resample/distinct_calls": _mean(distinct),
         "resample/collapsed_rate": _mean(count == 1 for count in distinct),
+        "credit/untrained_prefixes": float(sum(not _trained(branches) for branches in resamples.values())),
         "tool/all_wrong_rate_after": (len(triggered) - len(restored)) / len(attempted) if attempted else None,
     }
 
@@ -96,12 +98,16 @@ def packing_metrics(
     lasting = sum(max(flops for _, flops in row) for row in rounds) * len(micro_batches)
     return {
         "pack/tokens": float(tokens),
-        "pack/shared_saving": 1 - tokens / alone,
+        "pack/shared_saving": 1 - tokens / alone if alone else None,
         "pack/micro_batches": float(len(rows)),
-        "pack/efficiency": tokens / (len(rows) * budget),
+        "pack/efficiency": tokens / (len(rows) * budget) if rows else None,
         "pack/flops": flops,
-        "pack/idle_fraction": 1 - flops / lasting,
+        "pack/idle_fraction": 1 - flops / lasting if lasting else None,
     }
+
+
+def _trained(trajectories: Sequence[Trajectory]) -> bool:
+    return any(any(trajectory.loss_mask) for trajectory in trajectories)
 
 
 def _recovered(rollout: Trajectory, resamples: Mapping[str, Sequence[Trajectory]]) -> bool:

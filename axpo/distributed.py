@@ -22,6 +22,12 @@ def initialise(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
+def be_deterministic() -> None:
+    """Only algorithms whose bits are the same in every run from here on; torch raises where an operation has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+
+
 def device() -> torch.device:
     """This rank's accelerator, by torchrun's LOCAL_RANK, or the CPU where there is none."""
     if not torch.cuda.is_available():

@@ -7,8 +7,11 @@ import torch
 
 from axpo.config import Config
 from axpo.conversation import Conversation
-from axpo.distributed import device, world_size
+from axpo.distributed import be_deterministic, device, world_size
+from axpo.fit import check_fits
 from axpo.grading import Grader
+from axpo.learner import Learner
+from axpo.metrics import check_sinks
 from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.sharding import check_replicas
@@ -49,6 +52,8 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
             "ranks, which share the questions evenly"
         )
+    check_fits(config, device())
+    check_sinks(config.log)
     task = _task(config)
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
@@ -69,6 +74,23 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
         max_batch_tokens=config.rollout.max_batch_tokens,
     )
     return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
+
+
+def make_learner(config: Config, source: Path) -> Learner:
+    """Loads trainer, optimizer and reference policy with the checkpoint's weights."""
+    if config.train.deterministic:
+        be_deterministic()
+    return Learner(
+        source,
+        dtype=getattr(torch, config.model.dtype),
+        device=device(),
+        optim=config.optim,
+        total_steps=config.run.steps,
+        loss=config.loss,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        train=config.train,
+    )
 
 
 def _task(config: Config) -> Task:

@@ -1,7 +1,9 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the console; and where a step's seconds go."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the console; and where a step's seconds go."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +23,8 @@ from axpo.rundir import RunDir
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+    from axpo.config import Log
+
 # The few numbers that matter while a run goes on: label, metric, format.
 CONSOLE = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -36,6 +40,8 @@ class MetricsLogger:
 
     A line is appended and flushed in one write. Values are numbers; None, NaN and infinity are written as null: there
     was nothing to measure in this step. A context manager that closes on exit.
+
+    wandb: project of Weights & Biases that also gets them; empty: none.
     """
 
     def __init__(
@@ -46,12 +52,14 @@ class MetricsLogger:
         rank: int = 0,
         tensorboard: bool = True,
         console: bool = True,
+        wandb: str = "",
         columns: tuple[tuple[str, str, str], ...] = CONSOLE,
     ):
         self._active = rank == 0
         self._file: TextIO | None = None
         self._progress: ConsoleProgress | None = None
         self._writer: SummaryWriter | None = None
+        self._wandb: Any = None
         if not self._active:
             return
         self._file = run_dir.metrics.open("a", encoding="utf-8")
@@ -59,6 +67,8 @@ class MetricsLogger:
             self._progress = ConsoleProgress(run_dir.path.name, steps, run_dir.checkpoint_step, columns)
         if tensorboard:
             self._writer = _summary_writer(run_dir)
+        if wandb:
+            self._wandb = _wandb_run(run_dir, wandb)
 
     def log(self, step: int, metrics: Mapping[str, float | int | bool | None]) -> None:
         """Record a step's metrics; ValueError on a name without a group, or a value that is not a number."""
@@ -72,6 +82,8 @@ class MetricsLogger:
             for name, value in values.items():
                 if value is not None:
                     self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in values.items() if value is not None}, step=step)
         if self._progress is not None:
             self._progress.update(step, values)
 
@@ -87,6 +99,8 @@ class MetricsLogger:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._progress is not None:
             self._progress.close()
 
@@ -174,12 +188,12 @@ class Spans:
         self._seconds[target] = self._seconds.get(target, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """`perf/<name>_s` of every span, `perf/other_s` the rest, `perf/step_s` their sum, since the last call."""
+        """`perf/<name>_s` of every span, `perf/unaccounted_s` the rest, `perf/step_s` their sum; since last called."""
         if self._inner:
             raise RuntimeError("Spans.metrics() was called inside a span: its seconds are not known yet")
         total = self._now() - self._begun
         parts = {f"perf/{name}_s": seconds for name, seconds in self._seconds.items()}
-        parts["perf/other_s"] = max(0.0, total - sum(parts.values()))
+        parts["perf/unaccounted_s"] = max(0.0, total - sum(parts.values()))
         self._restart()
         return {**parts, "perf/step_s": total}
 
@@ -206,6 +220,21 @@ def _number(name: str, value: Any) -> float | int | None:
     except (TypeError, ValueError):
         raise ValueError(f"metric {name!r} = {value!r}: not a number") from None
     return value if math.isfinite(value) else None
+
+
+def check_sinks(log: Log) -> None:
+    """Raises ValueError when a sink that the recipe asks for is not installed."""
+    found = importlib.util.find_spec("wandb") if log.wandb else None
+    if log.wandb and (found is None or found.origin is None):  # a folder of old runs looks like a package, too
+        raise ValueError("log.wandb = true: wandb is not installed; pip install wandb, or set --log.wandb false")
+
+
+def _wandb_run(run_dir: RunDir, project: str) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    # One id for the run directory, so that a resume goes on in the same run and overwrites steps computed again.
+    identity = hashlib.blake2b(str(run_dir.path.resolve()).encode(), digest_size=8).hexdigest()
+    return wandb.init(project=project, name=run_dir.path.name, id=identity, resume="allow", dir=str(run_dir.path))
 
 
 def _summary_writer(run_dir: RunDir) -> SummaryWriter:

@@ -13,13 +13,15 @@ from axpo.config import Config
 from axpo.distributed import barrier, device, gather_objects, rank, world_size
 from axpo.evaluate import Evaluation, comparison, evaluate
 from axpo.explore import Exploration, explore
-from axpo.inputs import Inputs, make_agent
-from axpo.learner import Learner
+from axpo.inputs import Inputs, make_agent, make_learner
+from axpo.learner import NonFiniteError
 from axpo.metrics import MetricsLogger, Spans
 from axpo.order import shuffled
+from axpo.replay import keep_update
 from axpo.rollout import Limits
 from axpo.rundir import RunDir, write_json
 from axpo.tasks import Question
+from axpo.telemetry import Telemetry
 from axpo.trajectory import SAMPLED, Trajectory
 from axpo.weights_sync import push_weights
 
@@ -47,19 +49,12 @@ class Run:
             rank=rank(),
             tensorboard=config.log.tensorboard,
             console=config.log.console,
+            wandb=config.log.wandb_project if config.log.wandb else "",
         )
         self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
-        self.learner = Learner(
-            inputs.source,
-            dtype=getattr(torch, config.model.dtype),
-            device=device(),
-            optim=config.optim,
-            total_steps=config.run.steps,
-            loss=config.loss,
-            temperature=config.rollout.temperature,
-            train=config.train,
-        )
+        self.learner = make_learner(config, inputs.source)
         self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
+        self.telemetry = Telemetry(device(), self.agent.llm)
         found = latest(directory.path / "checkpoints")
         self.step = load_checkpoint(found, self.learner).step if found else 0
         self.push_weights()
@@ -67,8 +62,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.log.close()
+        if isinstance(error, NonFiniteError):
+            kept = keep_update(self.directory.debug(self.step + 1), self.config, self.learner, error.minibatch)
+            raise NonFiniteError(
+                f"step {self.step + 1}, {error}\nthe update is kept: find the first bad tensor with "
+                f"python -m axpo.train --debug.replay {kept}",
+                error.minibatch,
+            ) from error
 
     def questions(self, step: int) -> list[tuple[int, Question]]:
         """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
@@ -126,6 +128,7 @@ class Run:
         sampled = sum(_new_tokens(trajectory) for trajectory in record.trajectories)
         metrics["perf/rollout_tokens_per_s"] = sampled / (metrics["perf/explore_s"] or math.inf)
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
+        metrics |= self.telemetry.metrics(seconds, metrics["pack/flops"] or 0.0)
         metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
         self.log.log(step, metrics | self.synced.metrics() | seconds)
         last, every = step == self.config.run.steps, self.config.checkpoint.every

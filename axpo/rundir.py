@@ -18,7 +18,7 @@ CHECKPOINT_STATE = "state.json"  # the file that every checkpoint directory hold
 _STEP = re.compile(r"step_(\d{6,})(?:\.jsonl?)?$")
 # What may differ on a resume, because it changes nothing that is computed. run.steps may only grow.
 _FREE = ("run.dir", "run.resume", "run.steps", "rollout.kv_cache_bytes", "rollout.max_batch_tokens")
-_FREE_SECTIONS = ("checkpoint", "log")
+_FREE_SECTIONS = ("checkpoint", "log", "debug")
 
 
 class RunDirError(ValueError):
@@ -60,6 +60,10 @@ class RunDir:
 
     def evaluation(self, step: int) -> Path:
         return self.path / "evaluation" / f"step_{step:06d}.json"
+
+    def debug(self, step: int) -> Path:
+        """Where an update that met NaN or infinity is kept."""
+        return self.path / "debug" / f"step_{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; one that is still being written has another name."""

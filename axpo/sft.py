@@ -1,20 +1,10 @@
-"""Supervised fine-tuning on the task's teacher: `torchrun -m axpo.sft [recipe] [--section.field value …]`."""
+"""Supervised fine-tuning on a teacher's trajectories: `torchrun -m axpo.sft [recipe] [--section.field value …]`."""
 
 import shutil
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from axpo.cli import exit_with, load_config
 from axpo.config import SftConfig
-from axpo.order import shuffled
-
-if TYPE_CHECKING:
-    from axpo.tasks.teacher import Row
-    from axpo.trajectory import Trajectory
-    from axpo.tree import PackedBatch
 
 
 def main() -> None:
@@ -24,27 +14,33 @@ def main() -> None:
 
     from axpo import distributed
     from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+    from axpo.fit import check_devices, check_fits
     from axpo.learner import Learner
-    from axpo.metrics import MetricsLogger, Spans
+    from axpo.metrics import MetricsLogger, Spans, check_sinks
     from axpo.packing import pack_trees
     from axpo.paths import model_directory
     from axpo.rundir import continue_from, open_run_dir
+    from axpo.sft_data import SftData
     from axpo.sharding import check_replicas
+    from axpo.telemetry import Telemetry
     from engine.weights import check_weights
 
-    device = distributed.device()
-    distributed.initialise(device)
     try:
+        check_devices()
+        device = distributed.device()
+        distributed.initialise(device)
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
         check_replicas(config.train.replicas)
+        check_fits(config, device)
+        check_sinks(config.log)
+        dataset = SftData(source, config, distributed.rank(), distributed.world_size())
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
     distributed.barrier()
     run = continue_from(run.path)
-    dataset = TeacherData(source, config, distributed.rank(), distributed.world_size())
     learner = Learner(
         source,
         dtype=getattr(torch, config.model.dtype),
@@ -62,9 +58,11 @@ def main() -> None:
         rank=distributed.rank(),
         tensorboard=config.log.tensorboard,
         console=config.log.console,
+        wandb=config.log.wandb_project if config.log.wandb else "",
         columns=(("loss", "policy/loss", "{:.3f}"), ("s/step", "perf/step_s", "{:.2f}")),
     )
-    spans = Spans()
+    spans = Spans(torch.cuda.synchronize if device.type == "cuda" else None)
+    telemetry = Telemetry(device)
     with log:
         for step in range(start + 1, config.run.steps + 1):
             with spans("data"):
@@ -75,70 +73,14 @@ def main() -> None:
                 with spans("checkpoint"):
                     progress = Progress(step, step * config.sft.batch_size)
                     save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
-            log.log(step, metrics | spans.metrics())
+            seconds = spans.metrics()
+            flops = distributed.all_reduce(sum(map(learner.flops, batches)), device)
+            log.log(step, metrics | telemetry.metrics(seconds, flops) | seconds)
     export_policy(learner, source, run.policy)
     if config.sft.export and distributed.rank() == 0:
         for file in run.policy.iterdir():
             shutil.copy2(file, Path(config.sft.export) / file.name)
     distributed.finish()
-
-
-class TeacherData:
-    """The mini task's teacher trajectories as packed rows; example i is the same whatever the number of ranks."""
-
-    def __init__(self, source: Path, config: SftConfig, rank: int, world_size: int):
-        from axpo.tasks import get_task
-        from engine import Processor
-
-        self.config = config
-        self.rank, self.world_size = rank, world_size
-        self.task = get_task(config.data.task)
-        self.processor = Processor.from_pretrained(source)
-        self._tree = cache(self._make_tree)
-
-    def batch(self, step: int) -> list["PackedBatch"]:
-        """This rank's share of the examples of step 1, 2, …; an epoch is `sft.examples` of them in a new order."""
-        size, count = self.config.sft.batch_size, self.config.sft.examples
-        wanted = np.arange((step - 1) * size, step * size)[self.rank :: self.world_size]
-        return [self._tree(shuffled(self.config.run.seed, int(position), count)) for position in wanted]
-
-    def _make_tree(self, example: int) -> "PackedBatch":
-        from axpo.tasks.teacher import STYLES, sft_row
-        from axpo.tree import build_trees, with_labels
-
-        question = self.task.question("train", example % self.task.size("train"))
-        rng = np.random.default_rng([self.config.run.seed, example])
-        row = sft_row(question, rng, self.processor, STYLES[self.config.sft.style])
-        tree = build_trees([self._trajectory(question.id, example, row)], {}, self.processor.image_token_id)[0]
-        weight = self.config.sft.image_label_weight
-        return with_labels(tree, row.image_labels, weight) if weight else tree
-
-    def _trajectory(self, question_id: str, example: int, row: "Row") -> "Trajectory":
-        from axpo.trajectory import PROMPT, SAMPLED, Trajectory
-
-        length = len(row.tokens)
-        return Trajectory(
-            step=0,
-            question_id=question_id,
-            group=example,
-            id=f"teacher/{example}",
-            parent=None,
-            fork_token=None,
-            prompt_len=row.loss_mask.index(1),
-            tokens=row.tokens,
-            roles=[SAMPLED if trained else PROMPT for trained in row.loss_mask],
-            loss_mask=row.loss_mask,
-            logprobs=[None] * length,
-            entropies=[None] * length,
-            advantages=[0.0] * length,
-            reward=1.0,
-            status="answered",
-            tool_calls=[],
-            confidence=None,
-            text="",
-            images=row.images,
-            positions=self.processor.positions(row.tokens, row.images),
-        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The loop reads in the order of the paper: roll out, trigger and rank, resample, credit, update.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from axpo.cli import exit_with, load_config
@@ -17,23 +18,32 @@ def main() -> None:
     config = load_config(Config, prog="axpo.train", recipe="mini")
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
+    from axpo.fit import check_devices
     from axpo.inputs import check_inputs
+    from axpo.learner import NonFiniteError
+    from axpo.replay import NON_FINITE, replay
     from axpo.rundir import continue_from, open_run_dir
 
-    distributed.initialise(distributed.device())
+    if config.debug.replay:
+        raise SystemExit(replay(config.debug.replay))
     try:
+        check_devices()
+        distributed.initialise(distributed.device())
         inputs = check_inputs(config)
         run = open_run_dir(config, rank=distributed.rank())
     except (ValueError, OSError) as error:
         exit_with("axpo.train", error)
     distributed.barrier()
-    train(config, inputs, continue_from(run.path))
+    try:
+        train(config, inputs, continue_from(run.path))
+    except NonFiniteError as error:
+        exit_with("axpo.train", error, NON_FINITE)
     distributed.finish()
 
 
 def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
     """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports."""
-    from axpo.advantage import assign_credit
+    from axpo.advantage import advantage_std, assign_credit, shaped_reward
     from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
     from axpo.distributed import gather_objects
     from axpo.explore import StepAhead
@@ -42,7 +52,13 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
     from axpo.run import Run
     from axpo.tree import build_trees
 
-    algo = config.algo
+    algo, rollout = config.algo, config.rollout
+    shape = partial(
+        shaped_reward,
+        max_new_tokens=rollout.max_new_tokens,
+        buffer=algo.overlong_buffer,
+        penalty=algo.overlong_penalty,
+    )
     with Run(config, inputs, directory) as state, StepAhead(state.explore) as ahead:
         learner, spans = state.learner, state.spans
         state.evaluate_before()
@@ -54,36 +70,40 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                 groups, resamples = explored.groups, explored.resamples
             spans.move("rollout", "resample", explored.seconds[1])
 
-            if config.rollout.overlap and not state.evaluates_after(step):
+            if rollout.overlap and not state.evaluates_after(step):
                 with spans("weights"):
                     state.push_weights()  # of the update before this one
                 ahead.begin(step + 1)
 
             with spans("credit"):
+                sampled = [t for group in [*groups, *resamples.values()] for t in group]
+                rewards = gather_objects([shape(t) for t in sampled])
                 assign_credit(
                     groups,
                     resamples,
                     eps=algo.std_eps,
+                    std=advantage_std(algo.advantage_scale, rewards, algo.std_eps),
+                    shape=shape,
                     prefix_reward=algo.prefix_reward,
                     mask_failed_suffix=algo.mask_failed_suffix,
+                    drop_equal=algo.drop_equal_groups,
                 )
                 if not ahead.running:
                     state.release_kv()
 
             with spans("train"):
-                trees = [
-                    tree
-                    for group in groups
-                    for tree in build_trees(
+                parts = [[] for _ in range(config.train.minibatches)]
+                for group in groups:
+                    part = group[0].group * config.train.minibatches // rollout.questions_per_step
+                    parts[part] += build_trees(
                         group,
                         resamples,
                         learner.config.image_token_id,
                         aggregation=config.loss.aggregation,
                         budget=config.train.micro_batch_tokens,
                     )
-                ]
-                batches = pack_trees(trees, config.train.micro_batch_tokens, learner.flops)
-                metrics = learner.step(batches)
+                minibatches = [pack_trees(trees, config.train.micro_batch_tokens, learner.flops) for trees in parts]
+                metrics = learner.step(*minibatches)
 
             if not ahead.running:
                 with spans("weights"):
@@ -91,7 +111,9 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
 
             with spans("log"):
                 record = state.gather(groups, resamples)
-                packed = gather_objects([[(batch.num_tokens, learner.flops(batch)) for batch in batches]])
+                packed = gather_objects(
+                    [[(row.num_tokens, learner.flops(row)) for rows in minibatches for row in rows]]
+                )
                 metrics |= rollout_metrics(record.groups)
                 metrics |= packing_metrics(record.trajectories, packed, config.train.micro_batch_tokens)
                 if explored.budget:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from axpo.trajectory import Trajectory
 
-Aggregation = Literal["token", "sequence"]
+Aggregation = Literal["token", "sequence", "constant"]
 Resamples = Mapping[str, Sequence[Trajectory]]
 """Source rollout id → its continuations."""
 
@@ -25,6 +25,8 @@ class PackedBatch:
     predict_index [M] int64: the packed token that predicts trained token m, whose id is labels[m] int64. Trained
     tokens from which nothing is predicted are labels only and are not in the row.
     old_logprobs (NaN where the sampler gave none), advantages, weights [M] fp32.
+    sequence [M] int64: which trajectory trains the token, counted from 0 in the row. A resampled source owns its kept
+    prefix, a continuation what lies behind it: no token has two owners, and no owner's tokens are in two rows.
     images: engine.processor.ImageInput in packed order; image_token_index [Σ num_tokens] int64: their packed tokens.
     """
 
@@ -37,12 +39,18 @@ class PackedBatch:
     old_logprobs: Tensor
     advantages: Tensor
     weights: Tensor
+    sequence: Tensor
     image_token_index: Tensor
     images: tuple[Any, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """Trajectories that train a token at a weight above 0."""
+        return self.sequence[self.weights > 0].unique().numel()
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its index and value tensors on `device`; images move when they are encoded."""
@@ -92,6 +100,7 @@ def with_labels(tree: PackedBatch, labels: Sequence[tuple[int, int]], weight: fl
         old_logprobs=torch.cat([tree.old_logprobs, zero + float("nan")]),
         advantages=torch.cat([tree.advantages, zero]),
         weights=torch.cat([tree.weights, zero + weight]),
+        sequence=torch.cat([tree.sequence, torch.zeros_like(index)]),
     )
 
 
@@ -105,6 +114,7 @@ def concatenate(trees: Sequence[PackedBatch]) -> PackedBatch:
 
     prev = cat("prev", shift=True)
     prev[torch.cat([tree.prev for tree in trees]) < 0] = -1
+    owners = np.cumsum([0, *(int(tree.sequence.max()) + 1 for tree in trees)]).tolist()
     return PackedBatch(
         input_ids=cat("input_ids"),
         position_ids=torch.cat([tree.position_ids for tree in trees], dim=1),
@@ -115,6 +125,7 @@ def concatenate(trees: Sequence[PackedBatch]) -> PackedBatch:
         old_logprobs=cat("old_logprobs"),
         advantages=cat("advantages"),
         weights=cat("weights"),
+        sequence=torch.cat([tree.sequence + owner for tree, owner in zip(trees, owners, strict=False)]),
         image_token_index=cat("image_token_index", shift=True),
         images=tuple(image for tree in trees for image in tree.images),
     )
@@ -142,7 +153,8 @@ class _Writer:
     positions: list[np.ndarray] = field(default_factory=list)
     prev: list[int] = field(default_factory=list)
     subtree_end: list[int] = field(default_factory=list)
-    trained: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    trained: list[tuple[int, int, float, float, float, int]] = field(default_factory=list)
+    owners: dict[str, int] = field(default_factory=dict)
     images: list[Any] = field(default_factory=list)
     image_tokens: list[np.ndarray] = field(default_factory=list)
 
@@ -180,12 +192,14 @@ class _Writer:
             raise ValueError(f"trajectory {trajectory.id}: no positions; they are not kept in trajectory files")
         first = len(self.tokens)
         previous = [before, *range(first, first + end - start)]
-        weight = 1.0 if self.aggregation == "token" else 1.0 / max(sum(trajectory.loss_mask), 1)
+        weight = 1.0 / max(sum(trajectory.loss_mask), 1) if self.aggregation == "sequence" else 1.0
         for i in range(start, min(end + ends, len(trajectory.tokens))):
             if trajectory.loss_mask[i]:
                 logprob = trajectory.logprobs[i]
                 old = float("nan") if logprob is None else logprob
-                self.trained.append((previous[i - start], trajectory.tokens[i], old, trajectory.advantages[i], weight))
+                owner = self.owners.setdefault(trajectory.id, len(self.owners))
+                token, advantage = trajectory.tokens[i], trajectory.advantages[i]
+                self.trained.append((previous[i - start], token, old, advantage, weight, owner))
         self.place_images(trajectory, start, end)
         self.tokens += trajectory.tokens[start:end]
         self.positions.append(trajectory.positions[:, start:end])
@@ -209,7 +223,7 @@ class _Writer:
                 self.image_tokens.append(pads[a:b] - start + len(self.tokens))
 
     def batch(self) -> PackedBatch:
-        predictor, labels, old_logprobs, advantages, weights = zip(*self.trained, strict=True)
+        predictor, labels, old_logprobs, advantages, weights, sequence = zip(*self.trained, strict=True)
         image_tokens = np.concatenate([np.zeros(0, np.int64), *self.image_tokens])
         return PackedBatch(
             input_ids=torch.tensor(self.tokens, dtype=torch.int64),
@@ -221,6 +235,7 @@ class _Writer:
             old_logprobs=torch.tensor(old_logprobs, dtype=torch.float32),
             advantages=torch.tensor(advantages, dtype=torch.float32),
             weights=torch.tensor(weights, dtype=torch.float32),
+            sequence=torch.tensor(sequence, dtype=torch.int64),
             image_token_index=torch.from_numpy(image_tokens),
             images=tuple(self.images),
         )

@@ -36,6 +36,7 @@ class BlockPool:
         self.block_size = block_size
         self.refs = [0] * num_blocks
         self.num_free = num_blocks
+        self.peak_used = 0
         self.root = b""
         self._generation = 0
         self._hash: list[bytes | None] = [None] * num_blocks
@@ -47,6 +48,10 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
+
+    def reset_peak(self) -> None:
+        """`peak_used` counts anew, from what is used now."""
+        self.peak_used = self.num_used
 
     def allocate(self) -> int:
         """Takes a free block, with one reference; its cached content is forgotten. Raises OutOfBlocks."""
@@ -130,6 +135,7 @@ class BlockPool:
         before, after = self._prev[block], self._next[block]
         self._next[before], self._prev[after] = after, before
         self.num_free -= 1
+        self.peak_used = max(self.peak_used, self.num_used)
 
 
 def chain_hash(previous: bytes, content: bytes) -> bytes:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.images import ImageInput
-from engine.logits import LogitsShaper
+from engine.logits import make_shaper
 from engine.memory import KVCache
 from engine.models import ModelConfig, fuse_projections
 from engine.outputs import CompletionOutput, RequestOutput
@@ -25,6 +26,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Request, Scheduler
 from engine.sequence import Sequence
+from engine.stopping import met_stop_string, text_of
 from engine.weights import copy_weights
 
 
@@ -94,18 +96,17 @@ class LLM:
         tokens = self.expand(self.processor.tokenizer.encode(text) if token_ids is None else token_ids, inputs)
         if not tokens:
             raise ValueError("the prompt is empty; give at least one token")
-        bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"prompt token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
         self.check_length(len(tokens))
         return Sequence(self, tokens, inputs, self.processor.spans(tokens, inputs) if inputs else [])
 
     def prefill(self, sequences: Seq[Sequence]) -> None:
         """Computes all pending tokens, so that forks share them. Samples nothing."""
-        for sequence in sequences:
-            if sequence.num_computed < len(sequence):
-                self._submit(sequence, SamplingParams(max_tokens=None), limit=len(sequence))
-        self._drain()
+        with self._only(sequences):
+            for sequence in sequences:
+                sequence.check_open()
+                if sequence.num_computed < len(sequence):
+                    self._submit(sequence, SamplingParams(max_tokens=None), limit=len(sequence))
+            self._drain()
 
     def submit(self, sequence: Sequence, params: SamplingParams, index: int = 0) -> None:
         """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools."""
@@ -139,7 +140,11 @@ class LLM:
             if token in request.stop_ids:
                 request.stopped_by = token
                 finished.add(request)
-            elif (request.params.stop and self._meets_stop_string(request)) or len(token_ids) >= request.limit:
+                continue
+            if request.params.stop:
+                decode, params = self.processor.decode, request.params
+                request.stopped_by = met_stop_string(decode, token_ids, request.start, params)
+            if request.stopped_by is not None or len(token_ids) >= request.limit:
                 finished.add(request)
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
@@ -152,13 +157,22 @@ class LLM:
     def run(
         self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[CompletionOutput]:
-        """Decodes each sequence until it stops; `sampling_params` is one for all or one each. Sequences stay open."""
+        """Decodes each sequence until it stops; `sampling_params` is one for all or one each. Sequences stay open.
+
+        On an error none of them runs any longer; the tokens so far stay.
+
+        Raises:
+            ValueError: the same sequence twice, or not one of `sampling_params` for each.
+            RuntimeError: a sequence is closed, the engine is asleep, or other runs are in flight.
+            OutOfBlocks: one sequence alone does not fit the KV cache.
+        """
         params = self._params(sampling_params, len(sequences))
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("the same sequence is given twice; fork it to continue it twice")
-        for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
-            self.submit(sequence, p, index)
-        done = {id(sequence): output for sequence, output in self._drain()}
+        with self._only(sequences):
+            for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
+                self.submit(sequence, p, index)
+            done = {id(sequence): output for sequence, output in self._drain()}
         return [done[id(sequence)] for sequence in sequences]
 
     def stream(
@@ -166,31 +180,35 @@ class LLM:
     ) -> Iterator[tuple[Sequence, CompletionOutput]]:
         """`run`, step by step: what each sequence has after every new token. Its last output has a finish_reason.
 
-        Leaving the loop early aborts what still runs; the tokens so far stay.
-
-        Raises:
-            RuntimeError: other runs are in flight.
+        Leaving the loop early aborts what still runs; the tokens so far stay. Inside the loop sequences may be forked,
+        closed and aborted. Raises what `run` raises, when the loop begins.
         """
-        if self.scheduler.has_work:
-            raise RuntimeError("stream while other sequences run; let them finish or abort them first")
         params = self._params(sampling_params, len(sequences))
-        for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
-            self.submit(sequence, p, index)
-        try:
+        with self._only(sequences):
+            for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
+                self.submit(sequence, p, index)
             while self.scheduler.has_work:
                 done = self.step()
-                for request in self.scheduler.running:
-                    if request.logprobs and not request.pending > 1:
+                for request in list(self.scheduler.decoding.requests):  # all of them have just sampled
+                    if request.sequence.request is request:
                         yield request.sequence, self._output(request, running=True)
                 yield from done
-        finally:
-            for sequence in sequences:
-                self.abort(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch; its tokens so far stay."""
         if sequence.request is not None:
             self.scheduler.remove({sequence.request})
+
+    @contextmanager
+    def _only(self, sequences: Iterable[Sequence]) -> Iterator[None]:
+        """Nothing but `sequences` runs inside, and none of them afterwards, however it ends."""
+        if self.scheduler.has_work:
+            raise RuntimeError("other sequences run; step until they have finished, or abort them first")
+        try:
+            yield
+        finally:
+            for sequence in sequences:
+                self.abort(sequence)
 
     # -- vLLM's interface ---------------------------------------------------------------
 
@@ -300,6 +318,7 @@ class LLM:
         return {
             "blocks_total": self.pool.num_blocks,
             "blocks_used": self.pool.num_used,
+            "blocks_peak": self.pool.peak_used,
             "blocks_copied": self.kv.blocks_copied,
             "tokens_copied": self.kv.tokens_copied,
             "block_bytes": self.kv.bytes_per_block,
@@ -320,9 +339,14 @@ class LLM:
         return [image if isinstance(image, ImageInput) else self.processor.image(open_image(image)) for image in images]
 
     def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
-        if not images and self.config.image_token_id not in token_ids:
-            return list(token_ids)
-        return self.processor.expand(token_ids, images)
+        """Every image has its tokens afterwards. Raises ValueError: not as many as the images, or an unknown id."""
+        tokens = list(token_ids)
+        if images or self.config.image_token_id in tokens:
+            tokens = self.processor.expand(tokens, images)
+        bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
+        return tokens
 
     def check_length(self, length: int) -> None:
         limit = self.config.text.max_position_embeddings
@@ -335,30 +359,12 @@ class LLM:
         sequence.check_open()
         if sequence.running:
             raise RuntimeError("the sequence is running already")
+        self.kv.layer(0)  # raises while the engine is asleep
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        shaper = self._shaper(params, len(sequence), stop) if params.shapes_logits else None
+        vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
+        shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
-
-    def _shaper(self, params: SamplingParams, start: int, stop_ids: frozenset[int]) -> LogitsShaper:
-        vocabulary = self.config.text.vocab_size
-        bad = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
-        if bad is not None:
-            raise ValueError(f"SamplingParams.logit_bias has token {bad}, outside the vocabulary of {vocabulary}")
-        # A word is written with and without the space before it.
-        words = [self.processor.encode_text(text) for word in params.bad_words for text in (word, f" {word}")]
-        return LogitsShaper(params, start, stop_ids, words)
-
-    def _meets_stop_string(self, request: Request) -> bool:
-        """Looks for a stop string that the newest token completes: a token is at least one byte of the text."""
-        token_ids, params = request.sequence.token_ids, request.params
-        sampled = len(token_ids) - request.start
-        if sampled < params.min_tokens:
-            return False
-        window = max(len(stop.encode()) for stop in params.stop) + 4
-        text = self.processor.decode(token_ids[-min(window, sampled) :], skip_special_tokens=True)
-        request.stopped_by = next((stop for stop in params.stop if stop in text), None)
-        return request.stopped_by is not None
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick
@@ -373,13 +379,9 @@ class LLM:
 
     def _output(self, request: Request, running: bool = False) -> CompletionOutput:
         tokens, params, stopped_by = request.sequence.token_ids[request.start :], request.params, request.stopped_by
-        text = self.processor.decode(tokens, skip_special_tokens=True) if tokens and params.detokenize else ""
-        if isinstance(stopped_by, str):
-            end = text.rfind(stopped_by)
-            text = text[: end + len(stopped_by) if params.include_stop_str_in_output else end]
         return CompletionOutput(
             request.index,
-            text,
+            text_of(self.processor.decode, tokens, params, stopped_by) if params.detokenize else "",
             tokens,
             list(request.logprobs),
             list(request.entropies),

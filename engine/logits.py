@@ -1,6 +1,7 @@
 """What single requests do to their logits before sampling, and what they want to know of them afterwards."""
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -53,6 +54,24 @@ class LogitsShaper:
         before = word[:-1]
         begin = len(token_ids) - len(before)
         return begin >= self.start and list(token_ids[begin:]) == before
+
+
+def make_shaper(
+    params: SamplingParams, start: int, stop_ids: frozenset[int], vocabulary: int, encode: Callable[[str], list[int]]
+) -> LogitsShaper | None:
+    """None where the sampler alone does what `params` asks for. `encode`: text to token ids.
+
+    Raises:
+        ValueError: a biased token outside the vocabulary.
+    """
+    if not params.shapes_logits:
+        return None
+    bad = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
+    if bad is not None:
+        raise ValueError(f"SamplingParams.logit_bias has token {bad}, outside the vocabulary of {vocabulary}")
+    # A word is written with and without the space before it.
+    words = [encode(text) for word in params.bad_words for text in (word, f" {word}")]
+    return LogitsShaper(params, start, stop_ids, words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,14 +76,23 @@ class Processor:
             out.extend([token] * next(rest).num_tokens if token == self.image_token_id else [token])
         return out
 
-    def spans(self, token_ids: Seq[int], images: Seq[ImageInput]) -> list[ImageSpan]:
-        """Finds the images in expanded `token_ids`."""
-        out: list[ImageSpan] = []
+    def spans(
+        self, token_ids: Seq[int], images: Seq[ImageInput], before: Seq[ImageSpan] = (), offset: int = 0
+    ) -> list[ImageSpan]:
+        """Finds the images in expanded `token_ids`, which follow `offset` tokens with the images `before`: all spans.
+
+        Raises:
+            ValueError: the tokens of an image do not stand side by side.
+        """
+        out = list(before)
         index = 0
-        for image in images:
+        for number, image in enumerate(images):
             index = token_ids.index(self.image_token_id, index)
-            out.append(place_image(out, index, image.grid_thw, self.config.merge))
-            index = out[-1].stop
+            stop = index + image.num_tokens
+            if any(token != self.image_token_id for token in token_ids[index:stop]):
+                raise ValueError(f"the {image.num_tokens} tokens of image {number} do not stand side by side")
+            out.append(place_image(out, offset + index, image.grid_thw, self.config.merge))
+            index = stop
         return out
 
     def positions(self, token_ids: Seq[int], images: Seq[ImageInput]) -> npt.NDArray[np.int64]:

@@ -66,7 +66,8 @@ class Scheduler:
 
     A request waits, then computes chunks (`prefilling`), then one token a step (`decoding`). When blocks run out, idle
     sequences lose their KV first, the longest idle before others, then the latest running request goes back to the
-    queue; leaves go before sequences whose blocks their forks hold. All is computed again later, so no token is lost.
+    queue; leaves go before sequences with open forks. All is computed again later, so no token is lost. Idle sequences
+    are never searched: `idle` and `idle_parents` (those with open forks) hold the longest idle first.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Scheduler:
         self.running: dict[Request, None] = {}  # in the order of admission
         self.prefilling: dict[Request, None] = {}
         self.decoding = DecodeBatch(64, pool.block_size)
-        self.idle: dict[int, Sequence] = {}  # hold KV and do not run, the longest idle first
+        self.idle: dict[int, Sequence] = {}
+        self.idle_parents: dict[int, Sequence] = {}
         self.preemptions = 0
         self._arrivals = itertools.count()
         self._watermark = int(pool.num_blocks * WATERMARK)
@@ -97,6 +99,9 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
+        """Queues a request. Raises OutOfBlocks when its tokens do not fit the KV cache."""
+        if -(-len(request.sequence) // self.pool.block_size) > self.pool.num_blocks:
+            raise self._too_long(request)
         self.unpark(request.sequence)
         request.sequence.request = request
         request.arrival = next(self._arrivals)
@@ -126,10 +131,17 @@ class Scheduler:
             self.decoding.add(requests)
 
     def park(self, sequence: Sequence) -> None:
-        self.idle[id(sequence)] = sequence
+        (self.idle_parents if sequence.num_children else self.idle)[id(sequence)] = sequence
 
-    def unpark(self, sequence: Sequence) -> None:
-        self.idle.pop(id(sequence), None)
+    def unpark(self, sequence: Sequence) -> bool:
+        """Whether the sequence was parked."""
+        key = id(sequence)
+        return (self.idle.pop(key, None) or self.idle_parents.pop(key, None)) is not None
+
+    def repark(self, sequence: Sequence) -> None:
+        """To be called when a sequence has its first open fork, or no longer any."""
+        if self.unpark(sequence):
+            self.park(sequence)
 
     def tail_is_shared(self, request: Request) -> None:
         """A running sequence was forked: its next write may need a copy of the block."""
@@ -146,7 +158,7 @@ class Scheduler:
         """Gives every decoding row its block and chooses the step's chunks; shared tails are copied before it returns.
 
         Raises:
-            OutOfBlocks: one sequence alone does not fit the KV cache.
+            OutOfBlocks: one sequence alone does not fit the KV cache; it runs no longer, and the others go on.
         """
         self._reserve_decoding()
         budget = self.max_batch_tokens - len(self.decoding)
@@ -180,13 +192,15 @@ class Scheduler:
             elif len(self.running) > 1 or self.waiting:
                 self._preempt(request)
             else:
-                self._fail(request)
+                self.remove({request})
+                raise self._too_long(request)
 
     def _add_chunk(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
         sequence, count = request.sequence, min(request.pending, budget)
         if not self._reserve(request, count, {chunk.request for chunk in chunks}):
             if not chunks and not len(self.decoding):
-                self._fail(request)
+                self.remove({request})
+                raise self._too_long(request)
             self._preempt(request)  # the others go on, and make room when they end
             return 0
         start = sequence.num_computed
@@ -220,13 +234,13 @@ class Scheduler:
     def _make_room(self, request: Request, scheduled: set[Request]) -> bool:
         """Drops the KV of somebody who has no chunk in this step. False when nobody is left."""
         self._flush()  # a block about to be freed may be the source of a copy
-        if self.idle:
-            leaves = (sequence for sequence in self.idle.values() if sequence.num_children == 0)
-            next(leaves, next(iter(self.idle.values()))).drop_kv()
-            return True
+        for idle in (self.idle, self.idle_parents):
+            if idle:
+                next(iter(idle.values())).release_blocks()
+                return True
         for waiting in reversed(self.waiting):
             if waiting.sequence.block_table:
-                waiting.sequence.drop_kv()
+                waiting.sequence.release_blocks()
                 return True
         victims = [r for r in reversed(self.running) if r is not request and r not in scheduled]
         if not victims:
@@ -235,16 +249,16 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        request.sequence.drop_kv()
+        request.sequence.release_blocks()
         del self.running[request]
         self.prefilling.pop(request, None)
         self.decoding.remove({request})
         self.waiting.appendleft(request)
         self.preemptions += 1
 
-    def _fail(self, request: Request) -> None:
+    def _too_long(self, request: Request) -> OutOfBlocks:
         length = len(request.sequence)
-        raise OutOfBlocks(
+        return OutOfBlocks(
             f"a sequence of {length} tokens does not fit the KV cache of {self.pool.num_blocks} blocks of "
             f"{self.pool.block_size} tokens; raise kv_cache_bytes"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.block_pool import chain_hash
 from engine.images import ImageInput
-from engine.positions import ImageSpan, place_image
+from engine.positions import ImageSpan
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -70,7 +70,8 @@ class Sequence:
         """Appends an observation: tokens with one image placeholder (or all of them) an image. Computes nothing yet.
 
         Raises:
-            ValueError: placeholders and images do not match, or the sequence would outgrow the model's context.
+            ValueError: placeholders and images do not match, a token id is unknown, or the sequence would outgrow the
+                model's context.
             RuntimeError: the sequence is closed or running.
         """
         self.check_open()
@@ -79,16 +80,10 @@ class Sequence:
         inputs = self._llm.image_inputs(images)
         tokens = self._llm.expand(token_ids, inputs)
         self._llm.check_length(len(self) + len(tokens))
-        spans = list(self.spans)
-        cursor, placeholder = 0, self._llm.config.image_token_id
-        for image in inputs:
-            assert placeholder is not None  # a text-only checkpoint has refused the image
-            cursor = tokens.index(placeholder, cursor)
-            spans.append(place_image(spans, len(self) + cursor, image.grid_thw, self._llm.config.merge))
-            cursor += image.num_tokens
+        if inputs:
+            self.spans = self._llm.processor.spans(tokens, inputs, self.spans, len(self))
         self.token_ids.extend(tokens)
         self.images.extend(inputs)
-        self.spans = spans
         if tokens:
             self.last_hidden = None
 
@@ -99,9 +94,12 @@ class Sequence:
         The parent stays usable, and may be closed first. The order of fork, extend and close does not matter.
 
         Raises:
-            ValueError: `at` is outside 1 … len(self), or inside an image.
+            ValueError: `at` is outside 1 … len(self), or inside an image; `n` is negative.
+            RuntimeError: the sequence is closed.
         """
         self.check_open()
+        if n < 0:
+            raise ValueError(f"fork n={n}: the number of forks must be 0 or more")
         at = len(self) if at is None else at
         if not 1 <= at <= len(self):
             raise ValueError(f"fork at={at}: the sequence has {len(self)} tokens, so `at` must be in 1 … {len(self)}")
@@ -127,11 +125,21 @@ class Sequence:
             if blocks:
                 self._llm.scheduler.park(child)
             children.append(child)
-        self.num_children += n
+        self._count_children(n)
         return children
 
     def drop_kv(self) -> None:
-        """Gives the blocks back; the tokens stay and are computed again when the sequence next runs."""
+        """Gives the blocks back; the tokens stay and are computed again when the sequence next runs.
+
+        Raises:
+            RuntimeError: the sequence is running.
+        """
+        if self.running:
+            raise RuntimeError("a running sequence needs its KV; let its run end or abort it first")
+        self.release_blocks()
+
+    def release_blocks(self) -> None:
+        """`drop_kv` for the scheduler, which knows what runs."""
         self._llm.scheduler.unpark(self)
         self._llm.pool.release(self.block_table)
         self.block_table = []
@@ -149,7 +157,13 @@ class Sequence:
         del self._llm.sequences[id(self)]
         parent = self._parent() if self._parent else None
         if parent is not None:
-            parent.num_children -= 1
+            parent._count_children(-1)
+
+    def _count_children(self, more: int) -> None:
+        before = self.num_children
+        self.num_children += more
+        if (before == 0) != (self.num_children == 0):
+            self._llm.scheduler.repark(self)
 
     def check_open(self) -> None:
         if self.closed:

@@ -69,6 +69,8 @@ def parse_row(record: Any, folder: Path) -> tuple[Row | None, list[str]]:
     ends = messages[-1]["role"] if messages else "user"
     if ends == "tool" or ends == "system":
         problems.append(f"messages: the last is of role {ends!r}; it must be the user's question, or an assistant's")
+    elif ends == "assistant":
+        problems += _turn_problems(messages)
     rubric = None if ends == "assistant" and record.get("answer") is None else _rubric(record, problems)
     if problems:
         return None, [f"{name}{problem}" for problem in problems]
@@ -150,6 +152,28 @@ def _message(given: dict[str, Any], name: str, left: Any, ordered: list[Picture]
         else:
             problems.append(f"{where}: must be {{type: text, text}} or {{type: image}}, got {_short(part)}")
     return {**message, "content": parts}
+
+
+def _turn_problems(messages: list[dict[str, Any]]) -> list[str]:
+    """What keeps a conversation from being one that a rollout could have had."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("assistant")
+    problems = []
+    if first == 0 or any(role not in ("system", "user") for role in roles[:first]):
+        problems.append("messages: system and user come before the first assistant, and at least one of them")
+    for index in range(first + 1, len(roles)):
+        if roles[index] not in ("tool", "assistant"):
+            problems.append(
+                f"messages[{index}]: role {roles[index]!r} after the first answer; only tool and assistant may follow"
+            )
+        elif roles[index] == roles[index - 1] == "assistant":
+            problems.append(f"messages[{index}]: two assistant turns without a tool response between them")
+    return problems + [
+        f"messages[{index}].{name}: write it into content, as the model says it"
+        for index, message in enumerate(messages)
+        for name in ("tool_calls", "reasoning_content")
+        if message["role"] == "assistant" and message.get(name)
+    ]
 
 
 def _pictures(given: Any, folder: Path, problems: list[str]) -> list[Picture]:

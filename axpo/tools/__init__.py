@@ -44,11 +44,15 @@ class Tool(ABC):
     inline: ClassVar[bool] = False
     """Far quicker than a decode step: called on the engine's thread, so that batches do not depend on thread timing."""
 
+    @classmethod
+    def function(cls) -> dict[str, Any]:
+        """The OpenAI function dict that the chat template renders."""
+        function = {"name": cls.name, "description": cls.description, "parameters": cls.parameters}
+        return {"type": "function", "function": function}
+
     @property
     def schema(self) -> dict[str, Any]:
-        """The OpenAI function dict that the chat template renders."""
-        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", "function": function}
+        return self.function()
 
     def session(self) -> "Tool":
         return self

@@ -63,7 +63,10 @@ class Qwen3VL(nn.Module):
         hidden = self.model(input_ids, position_ids, attention, vision)
         if predict is None:
             return hidden
-        return linear_logprob_entropy(hidden[predict.index], self.head_weight, predict.labels, predict.temperature)
+        # Several tokens may be predicted from one row. The backward pass of indexing adds them up in an order that
+        # depends on the threads on the CPU, that of index_select on CUDA.
+        rows = hidden.index_select(0, predict.index) if hidden.device.type == "cpu" else hidden[predict.index]
+        return linear_logprob_entropy(rows, self.head_weight, predict.labels, predict.temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> logits [N, V] in fp32."""

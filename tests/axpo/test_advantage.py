@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from axpo.advantage import group_advantages, prefix_advantages
+from axpo.advantage import advantage_std, group_advantages, prefix_advantages, shaped_reward
+from tests.axpo.factory import random_group
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,33 @@ def test_several_sources_of_one_group():
 @pytest.mark.parametrize("rewards", [[], [1.0], [0.1] * 7, [1 / 3] * 3])
 def test_no_spread_gives_exactly_zero(rewards: list[float]):
     assert group_advantages(rewards).tolist() == [0.0] * len(rewards)
+
+
+def test_what_centred_rewards_are_divided_by():
+    seed = random.getrandbits(32)
+    rewards = np.random.default_rng(seed).normal(size=(3, 8))
+    flat = rewards.flatten().tolist()
+    assert advantage_std("group", flat) is None
+    assert advantage_std("none", flat) == 1.0
+    batch = advantage_std("batch", flat)
+    mean = sum(flat) / 24
+    assert batch == pytest.approx((sum((r - mean) ** 2 for r in flat) / 23) ** 0.5 + 1e-6, rel=1e-12), f"seed {seed}"
+    for group in rewards.tolist():
+        centre = sum(group) / 8
+        assert group_advantages(group, std=1.0) == pytest.approx([r - centre for r in group], rel=1e-12)
+        assert group_advantages(group, std=batch) == pytest.approx([(r - centre) / batch for r in group], rel=1e-12)
+    assert prefix_advantages([0.0, 0.0, 1.0, 0.0], {0: True}, std=1.0) == {0: 0.5}
+    assert group_advantages([0.3] * 4, std=1.0).tolist() == [0.0] * 4
+
+
+def test_overlong_rewards_fall_over_the_buffer():
+    """DAPO, equation 13, with L_max 100 and L_cache 20: 0 up to 80 tokens, −1 at 100, −0.25 at 85."""
+    (trajectory,) = random_group(random.Random(1), size=1)
+    trajectory.reward = 1.0
+    for sampled, expected in [(10, 1.0), (80, 1.0), (85, 0.75), (90, 0.5), (100, 0.0), (130, 0.0)]:
+        trajectory.roles = [0, 0, 2, *[1] * sampled]
+        assert shaped_reward(trajectory, max_new_tokens=100, buffer=20, penalty=1.0) == pytest.approx(expected)
+        assert shaped_reward(trajectory, max_new_tokens=100, buffer=20, penalty=0.5) == pytest.approx(
+            (1 + expected) / 2
+        )
+        assert shaped_reward(trajectory, max_new_tokens=100, buffer=0, penalty=1.0) == 1.0

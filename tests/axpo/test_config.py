@@ -91,6 +91,25 @@ def test_values_from_the_command_line():
         (["--data.task", "jsonl"], ["data.path", "needs a file"]),
         (["--data.path", "rows.jsonl"], ["data.path = 'rows.jsonl'", "data.task"]),
         (["--data.task", "jsonl", "--data.path", "x"], ["data.heldout_path", "eval.questions"]),
+        (["--loss.objective", "ppo"], ["loss.objective", "'ppo'", "'clip', 'gspo' or 'cispo'"]),
+        (["--loss.objective", "gspo"], ["loss.aggregation = 'token'", "'gspo'", "set it to 'sequence'"]),
+        (["--loss.clip_low", "1.5"], ["loss.clip_low", "'1.5'", "less than or equal to 1"]),
+        (["--loss.aggregation", "mean"], ["loss.aggregation", "'mean'", "'constant'"]),
+        (["--loss.kl_estimator", "k4"], ["loss.kl_estimator", "'k4'", "'k3'"]),
+        (["--loss.entropy_coef", "11"], ["loss.entropy_coef", "'11'", "less than or equal to 10"]),
+        (["--loss.tis", "on"], ["loss.tis", "'on'", "'token_truncate'"]),
+        (["--loss.tis_cap", "1"], ["loss.tis_cap", "'1'", "greater than 1"]),
+        (["--algo.advantage_scale", "std"], ["algo.advantage_scale", "'std'", "'batch'"]),
+        (["--algo.overlong_buffer", "97"], ["algo.overlong_buffer = 97", "rollout.max_new_tokens = 96"]),
+        (["--algo.overlong_buffer", "-1"], ["algo.overlong_buffer", "'-1'", "greater than or equal to 0"]),
+        (["--algo.overlong_penalty", "0"], ["algo.overlong_penalty", "'0'", "greater than 0"]),
+        (["--algo.drop_equal_groups", "all"], ["algo.drop_equal_groups", "'all'", "boolean"]),
+        (["--train.updates_per_batch", "0"], ["train.updates_per_batch", "'0'", "greater than or equal to 1"]),
+        (["--train.minibatches", "2"], ["train.updates_per_batch = 1", "train.minibatches = 2", "set it to 2"]),
+        (
+            ["--train.minibatches", "3", "--train.updates_per_batch", "3"],
+            ["train.minibatches = 3", "rollout.questions_per_step = 64"],
+        ),
         (["mni"], ["recipe 'mni'", "did you mean mini?", "mini-grpo"]),
         (["none/such.toml"], ["recipe 'none/such.toml'", "no such file"]),
         (["mini", "mini-grpo"], ["one recipe at most", "'mini', 'mini-grpo'"]),
@@ -144,9 +163,34 @@ def test_embedded_recipes_are_valid():
     assert differing == {"run", "algo"}, "the baseline must differ in nothing but its name and the algorithm"
 
 
-def test_only_the_task_with_a_teacher_can_be_fine_tuned_on():
-    with pytest.raises(ConfigError, match=r"data\.task = 'jsonl': only 'mini' has a teacher"):
-        resolve(SftConfig, ["--data.task=jsonl", "--data.path=x"], recipe="mini-sft")
+def test_fine_tuning_makes_one_update_a_step():
+    with pytest.raises(ConfigError, match=r"train\.updates_per_batch = 2: axpo\.sft makes one update"):
+        resolve(SftConfig, ["--train.updates_per_batch", "2"], recipe="mini-sft")
+
+
+def test_published_objectives_are_a_few_fields():
+    """The table of docs/objectives.md."""
+    for argv in (
+        ["--algo.advantage_scale=none", "--loss.aggregation=constant"],
+        ["--loss.clip_high=0.28", "--loss.kl_coef=0", "--algo.drop_equal_groups", "--algo.overlong_buffer=24"],
+        ["--loss.objective=gspo", "--loss.aggregation=sequence", "--loss.clip_low=3e-4", "--loss.clip_high=4e-4"],
+        ["--loss.objective=cispo", "--loss.clip_low=1", "--loss.kl_coef=0"],
+        ["--algo.advantage_scale=batch"],
+    ):
+        assert config(*argv) != config(), argv
+    default = Config()
+    assert (default.loss.objective, default.loss.tis, default.loss.kl_estimator) == ("clip", "off", "k3")
+    assert (default.train.updates_per_batch, default.train.minibatches) == (1, 1)
+    assert (default.algo.advantage_scale, default.algo.drop_equal_groups, default.algo.overlong_buffer) == (
+        "group",
+        False,
+        0,
+    )
+
+
+def test_a_kept_configuration_replays_nothing_by_itself():
+    kept = to_toml(config("--debug.replay", "runs/x/debug/step_000001"))
+    assert tomllib.loads(kept)["debug"]["replay"] == ""
 
 
 def test_configuration_cannot_be_changed_later():
@@ -185,3 +229,18 @@ def test_nothing_heavy_is_imported_to_check_a_configuration():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b"])
+def test_recipes_of_the_paper(size: str):
+    sft = resolve(SftConfig, [f"qwen3-vl-{size}-sft"], recipe="mini-sft")
+    axpo, grpo = config(f"qwen3-vl-{size}"), config(f"qwen3-vl-{size}-grpo")
+    assert sft.model.path == f"Qwen/Qwen3-VL-{size.upper()}-Thinking" and sft.run.name == f"qwen3-vl-{size}-sft"
+    assert axpo.model.path == f"runs/{sft.run.name}/policy", "reinforcement learning goes on from the fine-tuned policy"
+    assert {c.model.dtype for c in (sft, axpo)} == {"bfloat16"}
+    assert (axpo.algo, axpo.loss, axpo.optim) == (Config().algo, Config().loss, Config().optim), "the paper's defaults"
+    assert (axpo.rollout.temperature, axpo.rollout.max_turns, axpo.rollout.questions_per_step) == (1.0, 3, 64)
+    assert axpo.eval.model_dump(exclude={"every"}) == Config().eval.model_dump(exclude={"every"})
+    assert sft.run.steps * sft.sft.batch_size == pytest.approx(64_274, abs=sft.sft.batch_size)
+    differing = {s for s in Config.model_fields if getattr(axpo, s) != getattr(grpo, s)}
+    assert differing == {"run", "algo"} and grpo.algo.name == "grpo"

@@ -1,6 +1,7 @@
 """Credit assignment: one source a token, the values of PAPER.md on the right tokens, GRPO when nothing is resampled."""
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -100,3 +101,49 @@ def test_a_resample_must_fit_its_source():
         assign_credit([group], {group[1].id: resamples})
     with pytest.raises(ValueError, match="one token behind its prompt"):
         assign_credit([group], {group[0].id: [*resamples, replace(resamples[0], fork_token=group[0].prompt_len)]})
+
+
+def test_what_has_nothing_to_learn_is_dropped_and_the_rest_stays():
+    seed = random.getrandbits(32)
+    groups, resamples = random_step(seed)
+    for rollout in groups[0]:
+        rollout.reward = 0.0
+    source = random_group(random.Random(seed), 9, tool_rate=1.0)
+    failed, recovered = (random_resamples(random.Random(seed), rollout) for rollout in source[:2])
+    for trajectory in [*source, *failed, *recovered]:
+        trajectory.reward = 0.0
+    recovered[2].reward = 1.0
+    groups.append(source)
+    resamples = {id: some for id, some in resamples.items() if not id.startswith("0.")}
+    resamples |= {source[0].id: failed, source[1].id: recovered}
+    kept = deepcopy((groups, resamples))
+    assign_credit(*kept)
+    assign_credit(groups, resamples, drop_equal=True)
+    together = [*zip(groups, kept[0], strict=True), *((resamples[id], kept[1][id]) for id in resamples)]
+    dropped = 0
+    for after, before in together:
+        useful = any(any(trajectory.advantages) for trajectory in before)
+        dropped += not useful
+        assert [t.advantages for t in after] == [t.advantages for t in before]
+        assert [t.loss_mask for t in after] == [t.loss_mask if useful else [0] * len(t.tokens) for t in before], seed
+    assert not any(any(r.loss_mask) for r in groups[0]), "all rollouts are wrong"
+    assert not any(any(c.loss_mask) for c in failed), "no continuation is right"
+    assert any(source[1].loss_mask) and any(source[2].loss_mask), "a recovered prefix keeps its group"
+    assert all(any(c.loss_mask) for c in recovered) and dropped >= 2
+
+
+def test_shaped_rewards_change_advantages_and_not_what_is_right():
+    groups, resamples = random_step(13)
+    shape = {t.id: 0.01 * i + t.reward for i, t in enumerate(t for g in [*groups, *resamples.values()] for t in g)}
+    assign_credit(groups, resamples, shape=lambda t: shape[t.id], std=1.0)
+    for group in groups:
+        rewards = [shape[rollout.id] for rollout in group]
+        recovered = {i: any(c.reward > 0 for c in resamples[r.id]) for i, r in enumerate(group) if r.id in resamples}
+        prefixes = prefix_advantages(rewards, recovered, std=1.0)
+        for index, rollout in enumerate(group):
+            expected = prefixes.get(index, rewards[index] - np.mean(rewards))
+            assert [*trained_values(rollout)] == pytest.approx([expected])
+    for continuations in resamples.values():
+        rewards = [shape[c.id] for c in continuations]
+        for continuation, reward in zip(continuations, rewards, strict=True):
+            assert [*trained_values(continuation)] == pytest.approx([reward - np.mean(rewards)])

@@ -102,6 +102,10 @@ def test_messages_take_their_images_in_order(tmp_path: Path):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]: must be {type:"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content = ' ': must be text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages: the last is of role 'tool'"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]},
+            "messages[1].tool_calls: write it into content",
+        ),
         ({"messages": "hello"}, "messages = 'hello': must be a list"),
         ({"question": "x", "messages": [{"role": "user", "content": "x"}]}, "question: there is messages already"),
         ({"question": "x", "images": ["data:image/png,abc"]}, "images[0]: not a data URI of an image"),
@@ -144,10 +148,9 @@ def test_shards_of_a_folder_are_one_numbering(tmp_path: Path):
 
 
 def test_all_that_a_row_can_say_survives_both_formats(tmp_path: Path):
-    call = {"type": "function", "function": {"name": "python", "arguments": {"code": "1+1"}}}
     talk = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sum?"}]},
-        {"role": "assistant", "content": "", "reasoning_content": "I add.", "tool_calls": [call]},
+        {"role": "assistant", "content": "I add.\n</think>\n<tool_call>\n{}\n</tool_call>"},
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "2"},
     ]

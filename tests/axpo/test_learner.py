@@ -13,7 +13,7 @@ from axpo.advantage import assign_credit
 from axpo.checkpoint import load_checkpoint
 from axpo.config import Loss, Optim
 from axpo.learner import Learner, NonFiniteError, learning_rate, placeholder, score
-from axpo.loss import policy_loss
+from axpo.loss import Tokens, policy_loss
 from axpo.packing import pack_trees
 from axpo.tree import PackedBatch, build_trees, concatenate
 from axpo.weights_sync import push_weights
@@ -45,17 +45,9 @@ def gradients(model: Qwen3VL, rows: list[PackedBatch]) -> tuple[float, dict[str,
     for row in rows:
         logprobs, entropies = score(model, row, temperature=0.8)
         reference = logprobs.detach() + 0.1 * torch.sin(row.labels.float())
-        loss = policy_loss(
-            logprobs,
-            row.old_logprobs,
-            row.advantages,
-            row.weights,
-            clip_low=0.2,
-            clip_high=0.4,
-            kl_coef=0.5,
-            ref_logprobs=reference,
-        )
-        loss = (loss + 0.01 * (entropies * row.weights).sum()) / weight
+        old = row.old_logprobs, row.old_logprobs
+        tokens = Tokens(logprobs, entropies, *old, row.advantages, row.weights, row.sequence, reference)
+        loss = policy_loss(tokens, Loss(kl_coef=0.5, entropy_coef=-0.01)) / weight
         loss.backward()
         total += loss.item()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -176,10 +168,13 @@ def test_what_cannot_be_trained_on_is_refused(checkpoint: Path):
     learner = build_learner(checkpoint)
     unsampled = batches(0)
     unsampled[0].old_logprobs[0] = math.nan
-    with pytest.raises(ValueError, match="no log-prob of the sampler"):
+    with pytest.raises(NonFiniteError, match=r"update 1: .* no finite log-prob of the sampler"):
         learner.step(unsampled)
+    before = weights(learner)
+    assert learner.step([]) == {"policy/updates": 0.0} and learner.updates == 0
+    assert all(torch.equal(before[name], weight) for name, weight in weights(learner).items())
     with pytest.raises(ValueError, match="no rank has a trained token"):
-        learner.step([])
+        learner.sft_step([])
     with pytest.raises(ValueError, match="sft_step"):
         build_learner(checkpoint, loss=None).step(batches(0))
 

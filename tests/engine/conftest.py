@@ -20,3 +20,8 @@ def vl_untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_checkpoint(tmp_path_factory.mktemp("text"), tie=False, seed=9)
+
+
+@pytest.fixture(scope="session")
+def text_tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_checkpoint(tmp_path_factory.mktemp("text-tied"), tie=True, seed=10)

@@ -3,50 +3,12 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
-from engine.images import ImageInput
-from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
-
-SIZES = [(32, 32), (24, 48), (64, 16), (8, 8), (37, 53)]
-
-
-def random_prompt(rng: random.Random, llm: LLM, images: int) -> tuple[list[int], list[ImageInput]]:
-    """Random text with `images` random pictures of several sizes in between."""
-    tokens, inputs = [rng.randrange(7, 260) for _ in range(rng.randint(3, 12))], []
-    for _ in range(images):
-        width, height = rng.choice(SIZES)
-        pixels = np.random.default_rng(rng.randrange(2**31)).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        inputs.append(llm.processor.image(Image.fromarray(pixels)))
-        tokens += [VISION_START] + [IMAGE] * inputs[-1].num_tokens + [VISION_END]
-        tokens += [rng.randrange(7, 260) for _ in range(rng.randint(0, 9))]
-    return tokens, inputs
-
-
-def reference_inputs(tokens: list[int], images: list[ImageInput]) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([tokens])
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if images:
-        out["pixel_values"] = torch.cat([image.pixel_values for image in images])
-        out["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
-        out["mm_token_type_ids"] = (ids == IMAGE).int()
-    return out
-
-
-def prefill_logits(llm: LLM, tokens: list[int], images: list[ImageInput]) -> torch.Tensor:
-    """All positions' logits through the engine's own paged forward."""
-    captured: list[torch.Tensor] = []
-    llm.reset_prefix_cache()
-    hook = llm.model.register_forward_hook(lambda _m, _a, out: captured.append(out.clone()))
-    with llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}) as sequence:
-        llm.prefill([sequence])
-    hook.remove()
-    return llm.model.logits(torch.cat(captured))
+from tests.engine.reference import prefill_logits, random_prompt, reference_inputs
 
 
 @pytest.mark.parametrize("fixture", ["vl_checkpoint", "vl_untied_checkpoint"])

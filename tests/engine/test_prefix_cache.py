@@ -65,6 +65,19 @@ def test_new_weights_and_sleep_forget_the_cache(llm: LLM) -> None:
         assert greedy(llm, tokens).num_cached_tokens == 0
 
 
+def test_a_last_hidden_state_does_not_outlive_its_weights(llm: LLM) -> None:
+    """After an update all of a sequence's KV may come from the cache; what follows is sampled with the new weights."""
+    tokens = list(range(20, 20 + 3 * BLOCK))
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    with llm.open(tokens) as first, llm.open(tokens) as second:
+        llm.prefill([first, second])
+        llm.update_weights({name: value * 1.3 for name, value in llm.model.named_parameters()})
+        expected = llm.run([first], params)[0]
+        actual = llm.run([second], params)[0]
+        assert second.num_cached == len(tokens)
+        assert actual.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
 def test_without_prefix_caching_nothing_is_found(vl_checkpoint: Path) -> None:
     llm = LLM(vl_checkpoint, kv_cache_bytes=1 << 22, block_size=BLOCK, enable_prefix_caching=False)
     greedy(llm, [50] * 30)

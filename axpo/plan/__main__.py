@@ -1,0 +1,70 @@
+"""`python -m axpo.plan [recipe] [--gpu h100] [--gpus 8] [--nodes 1] [--json] [--section.field value …]`
+
+Exit status: 0 when the recipe fits, 1 when it does not, 2 for a mistake on the command line or in the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from axpo.cli import ConfigError, exit_with, read_recipe, recipe_names, resolve
+from axpo.config import Config, SftConfig
+from axpo.plan import make_plan
+from axpo.plan.devices import NAMES, find_device
+from axpo.plan.shapes import model_shape
+from axpo.plan.show import show, to_json
+from axpo.plan.workload import assumed, assumed_sft, measured, measured_phases
+
+PROG = "axpo.plan"
+LENGTHS = {"prompt": "prompt_tokens", "sampled": "sampled_tokens", "observed": "observed_tokens"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROG}",
+        description="Parameters, memory by kind, communication and seconds of a step, before anything is loaded.",
+        usage="%(prog)s [recipe.toml or recipe name] [options] [--section.field value ...]",
+        epilog=f"Recipes: {', '.join(recipe_names())}. Fields: those of axpo.train or axpo.sft (--help). "
+        "Exit status: 0 it fits, 1 it does not, 2 a mistake.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(NAMES)} (default: h100)")
+    parser.add_argument("--gpus", type=int, default=8, help="devices in all, one rank each (default: 8)")
+    parser.add_argument("--nodes", type=int, help="machines (default: of eight devices)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--prompt-tokens", type=float, help="of a question, images included, in the mean")
+    parser.add_argument("--sampled-tokens", type=float, help="of a rollout, in the mean")
+    parser.add_argument("--observed-tokens", type=float, help="tool responses of a rollout, in the mean over all")
+    parser.add_argument("--image-share", type=float, help="image tokens among prompts and tool responses")
+    parser.add_argument("--from-run", type=Path, metavar="DIR", help="lengths of this run, and its seconds beside ours")
+    options, rest = parser.parse_known_args(argv)
+    recipe = next((word for word in rest if word.endswith(".toml") or word in recipe_names()), "mini")
+    try:
+        schema = SftConfig if "sft" in read_recipe(recipe) else Config
+        config = resolve(schema, rest, recipe="mini")
+        if options.gpus < 1 or (options.nodes is not None and options.nodes < 1):
+            raise ValueError(f"--gpus {options.gpus}, --nodes {options.nodes}: must be 1 or more")
+        nodes = options.nodes or -(-options.gpus // 8)
+        shape = model_shape(config.model.path)
+        given = {name: value for name, flag in LENGTHS.items() if (value := getattr(options, flag)) is not None}
+        if options.image_share is not None:
+            given["image_share"] = options.image_share
+        if options.from_run is not None:
+            load, seconds = measured(options.from_run, shape), measured_phases(options.from_run)
+        else:
+            load = assumed_sft(config, shape, given) if isinstance(config, SftConfig) else assumed(config, shape, given)
+            seconds = None
+        plan = make_plan(config, find_device(options.gpu, options.gpus), options.gpus, nodes, load)
+    except (ConfigError, ValueError, OSError) as error:
+        exit_with(PROG, error)
+    if options.json:
+        print(json.dumps(to_json(plan, seconds), indent=1))
+    else:
+        show(plan, recipe, seconds)
+    return 0 if plan.fits else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,14 @@
+"""Random operations on real engines: no leak, no double free, no write to a shared block, no token other than alone."""
+
+from pathlib import Path
+
+from tests.engine.random_operations import walk
+
+
+def test_random_operations(vl_checkpoint: Path) -> None:
+    """The seed is fixed, so that each kind occurs. A million of others: `python -m tests.engine.random_operations`."""
+    counts = walk(5_000, 5, vl_checkpoint)
+    for name in ("preemptions", "blocks_copied", "sleep", "update", "prefill", "abort", "images_encoded"):
+        assert counts[name] > 0, f"no {name} in {counts}"
+    assert counts["tokens verified"] > 700
+    assert counts["near ties"] <= 2
