@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axpo.cli import read_recipe
-from axpo.config import Config, to_toml
+from axpo.config import Config
 from axpo.distributed import barrier, rank, world_size
 from axpo.grading import final_answer
+from axpo.outfolder import open_folder
 from axpo.rollout import Limits
 from axpo.rundir import write_json
 from axpo.scores import Scores, scores
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _BATCH = 64  # questions that are rolled out at once, which bounds the KV that is held
 # What may differ between the parts of an evaluation: which questions, and how often.
-_FREE = {"eval": {"benchmarks", "limit", "repeats", "out", "questions", "every"}}
-_FIXED = ("model", "rollout", "eval", "python", "search", "image_search", "judge")
+_SETTINGS: dict[str, set[str]] = {
+    "eval": {"benchmarks", "limit", "repeats", "out", "questions", "every", "k"},
+    "run": {"name", "dir", "steps", "resume"},
+    **{section: set() for section in ("model", "rollout", "python", "search", "image_search", "judge")},
+}
 
 
 def open_benchmarks(config: Config) -> dict[str, Task]:
@@ -72,14 +75,7 @@ class Results:
     def __init__(self, config: Config):
         self.path = Path(config.eval.out or Path(config.run.dir) / config.run.name / "benchmarks")
         self._samples = config.eval.samples
-        kept = self.path / "config.toml"
-        if kept.exists():
-            _same_settings(read_recipe(str(kept)), config, self.path)
-        barrier()
-        if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            kept.write_text(to_toml(config), encoding="utf-8")
-        barrier()
+        open_folder(self.path, config, _SETTINGS, "eval.out")
 
     def lines(self, benchmark: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
         """The samples of each whole (repeat, question), in order."""
@@ -184,16 +180,3 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         for line in path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
                 yield json.loads(line)
-
-
-def _same_settings(kept: dict[str, Any], config: Config, path: Path) -> None:
-    """ValueError when a setting that results depend on is another."""
-    now = config.model_dump(mode="json")
-    pairs = [(section, field) for section in _FIXED for field in now[section]] + [("run", "seed")]
-    for section, field in pairs:
-        before = kept.get(section, {}).get(field)
-        if field not in _FREE.get(section, ()) and before != now[section][field]:
-            raise ValueError(
-                f"{section}.{field} = {now[section][field]!r}: {path} holds results of {before!r}; "
-                "set it to that, or eval.out to another folder"
-            )

@@ -396,6 +396,24 @@ class Config(_Section):
         return self
 
 
+class Collect(_Section):
+    out: str = Field(default="", description="folder of the result; empty: collected in the run's directory")
+    samples: Count = Field(default=4, description="trajectories a question")
+    limit: CountOrOff = Field(default=0, description="first training questions that are asked; 0: all")
+    batch_size: Count = Field(default=64, description="questions rolled out at once, which is what a crash can lose")
+    rows: bool = Field(default=True, description="write the right trajectories; off: outcomes alone")
+
+
+class CollectConfig(Config):
+    """Teacher trajectories on the task's training questions (axpo.collect), sampled by the eval section's fields."""
+
+    collect: Collect = Collect()
+
+    @model_validator(mode="after")
+    def _heldout_rows(self) -> CollectConfig:
+        return self  # none are asked
+
+
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
     examples: Count = Field(default=20000, description="task 'mini': different teacher trajectories of an epoch")

@@ -143,13 +143,15 @@ def main() -> None:
 
     from axpo import distributed
     from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
-    from axpo.inputs import check_inputs, make_agent
+    from axpo.inputs import check_heldout, check_sampling, make_agent
     from axpo.scores import scores_table
 
     distributed.initialise(distributed.device())
     try:
-        inputs = check_inputs(config)
+        inputs = check_sampling(config)
         tasks = open_benchmarks(config)
+        if not tasks:
+            check_heldout(config, inputs.task)
         for task in tasks.values():
             inputs.grader.check(task.kinds())
         results = Results(config) if tasks else None

@@ -61,6 +61,8 @@ class Branch:
     grade_error: str | None = None
     grading: bool = False
     """Its answer is being compared on a worker thread; then it has ended."""
+    observations: list[Sequence[ToolResult]] = field(default_factory=list)
+    """What the tools answered, a turn each."""
     sessions: dict[str, Tool] = field(default_factory=dict)
     """The tools with state that it has called; they end with the branch."""
 
@@ -363,6 +365,7 @@ class Agent:
         if len(branch.sequence) + len(tokens) >= limits.max_tokens:
             branch.status = "length"
             return
+        branch.observations.append(results)
         branch.sequence.extend(tokens, images)
         branch.record(OBSERVATION, [None] * len(tokens), [None] * len(tokens))
         branch.turn_start = len(branch.sequence)

@@ -20,6 +20,11 @@ def main() -> None:
     convert.add_argument("--skip", action="store_true", help="leave wrong records out and count them")
     convert.add_argument("source", type=Path, help="its file, or the folder of its shards")
     convert.add_argument("out", type=Path, help="the .parquet (images inside) or .jsonl file to write")
+    keep = verbs.add_parser("filter", help="rows for RL: not solved always by the student, nor never by the teacher")
+    keep.add_argument("--student", type=Path, required=True, help="folder of the student's axpo.collect")
+    keep.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's axpo.collect")
+    keep.add_argument("source", type=Path, help="the rows that both were asked")
+    keep.add_argument("out", type=Path, help="the .parquet or .jsonl file to write")
     verbs.add_parser("list", help="the data sets that `convert` knows")
     args = parser.parse_args()
     try:
@@ -30,6 +35,8 @@ def main() -> None:
             show_row(args.file, args.index)
         elif args.verb == "convert":
             convert_file(args.name, args.source, args.out, skip=args.skip)
+        elif args.verb == "filter":
+            filter_file(args.student, args.teacher, args.source, args.out)
         else:
             list_adapters()
     except (ValueError, OSError, IndexError) as error:
@@ -72,6 +79,22 @@ def convert_file(name: str, source: Path, out: Path, *, skip: bool) -> None:
     published = conversion.adapter.rows
     if published is not None and count != published:
         print(f"note: the published split has {published} rows ({conversion.adapter.source})", file=sys.stderr)
+
+
+def filter_file(student: Path, teacher: Path, source: Path, out: Path) -> None:
+    """Writes the rows that RL can learn from and prints why others are left out; ValueError when one was not asked."""
+    from axpo.collect import read_outcomes
+    from axpo.data import Rows
+    from axpo.data.select import RlQuestions
+    from axpo.data.write import write_rows
+
+    rewards = [{one["id"]: one["rewards"] for one in read_outcomes(folder)} for folder in (student, teacher)]
+    chosen = RlQuestions(Rows(source), *rewards)
+    count = write_rows(chosen, out)
+    print(
+        f"{out}: {count} of {chosen.seen} rows; left out: {chosen.solved} that the student always solves, "
+        f"{chosen.failed} that the teacher never does"
+    )
 
 
 def list_adapters() -> None:

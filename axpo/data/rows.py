@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ class Row:
     def images(self) -> list[Any]:
         """The pictures as RGB images; ValueError names the one that is missing, too large or cannot be decoded."""
         return [load_image(picture, f"images[{index}]") for index, picture in enumerate(self.pictures)]
+
+    def record(self) -> dict[str, Any]:
+        """As axpo.data.write takes it: what `parse_row` makes the same row of."""
+        record = {"id": self.id, "messages": self.messages, "images": list(self.pictures), "meta": self.meta}
+        if self.rubric is None:
+            return record
+        rubric = asdict(self.rubric)
+        return {**record, "answer": list(rubric.pop("answers")), "grader": rubric.pop("kind"), **rubric} | {
+            "options": list(self.rubric.options)
+        }
 
     def question(self) -> Question:
         """What is asked, images decoded now."""

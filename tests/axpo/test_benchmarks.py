@@ -19,9 +19,7 @@ from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tools import get_tools
 from engine import LLM
-from tests.e2e.runs import axpo
-
-SMALL = {"eval.samples": 2, "eval.repeats": 2, "eval.limit": 3, "eval.k": 1}
+from tests.axpo.pipeline_worker import EVALUATE
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def agent() -> Agent:
 
 
 def config(out: Path, *benchmarks: str | Path, **options: Any) -> Config:
-    given = {**SMALL, "eval.out": out, "eval.benchmarks": ",".join(map(str, benchmarks))}
+    given = {**EVALUATE, "eval.out": out, "eval.benchmarks": ",".join(map(str, benchmarks))}
     given |= {name.replace("__", "."): value for name, value in options.items()}
     return resolve(Config, [f"--{name}={value}" for name, value in given.items()], recipe="mini")
 
@@ -125,14 +123,3 @@ def test_benchmarks_that_are_none(tmp_path: Path):
         open_benchmarks(config(tmp_path, "mini", "mini"))
     with pytest.raises(ValueError, match=r"eval\.k = 5: Pass@k needs as many samples"):
         config(tmp_path, "mini", eval__k=5)
-
-
-def test_ranks_share_the_work_and_make_the_same_results(tmp_path: Path, agent: Agent):
-    settings = config(tmp_path / "one", "mini", run__seed=0)
-    run_benchmarks(agent, open_benchmarks(settings), settings, Results(settings))
-    options = {name.replace(".", "__"): value for name, value in SMALL.items()}
-    done = axpo("evaluate", ranks=2, eval__benchmarks="mini", eval__out=tmp_path / "two", **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (lines(tmp_path / name / "mini.jsonl") for name in ("one", "two"))
-    assert one == two
-    assert "Pass@1" in done.stdout and "mini" in done.stdout and str(tmp_path / "two") in done.stdout
