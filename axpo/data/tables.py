@@ -48,6 +48,8 @@ def open_table(path: str | Path) -> Table:
         TableError: there is no such file, its format is unknown, or it is cut short.
     """
     path = Path(path)
+    if not path.exists():
+        raise TableError(f"{path}: cannot be read: there is no such file")
     if path.suffix not in _FORMATS:
         raise TableError(f"{path}: the format of this file is unknown; there is {', '.join(sorted(_FORMATS))}")
     try:

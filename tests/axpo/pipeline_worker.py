@@ -7,7 +7,7 @@ from pathlib import Path
 from axpo import collect, distributed, evaluate
 
 EVALUATE = {"eval.samples": 2, "eval.repeats": 2, "eval.limit": 3, "eval.k": 1}
-COLLECT = {"collect.limit": 5, "collect.batch_size": 2, "collect.samples": 4}
+COLLECT = {"collect.limit": 3, "collect.batch_size": 2, "collect.samples": 4}
 
 
 def run(main: Callable[[], None], options: dict[str, object]) -> None:

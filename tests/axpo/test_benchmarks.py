@@ -6,26 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
 from axpo.cli import resolve
 from axpo.config import Config
-from axpo.conversation import Conversation
 from axpo.data.write import write_rows
 from axpo.grading import Grader, Rubric
-from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.tasks import get_task
-from axpo.tools import get_tools
-from engine import LLM
 from tests.axpo.pipeline_worker import EVALUATE
-
-
-@pytest.fixture(scope="module")
-def agent() -> Agent:
-    llm = LLM(model_directory("mini"), dtype=torch.float32, kv_cache_bytes=1 << 26)
-    return Agent(llm, Conversation(llm.processor, get_tools(["image_zoom_in"])), seed=0)
 
 
 def config(out: Path, *benchmarks: str | Path, **options: Any) -> Config:

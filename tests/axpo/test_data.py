@@ -187,6 +187,7 @@ def test_files_that_are_cut_short(tmp_path: Path):
     (tmp_path / "cut.arrow").write_bytes(b"\xff\xff\xff\xff\x10")
     with pytest.raises(DataError, match=r"cut\.arrow: cut short, or not an Arrow file"):
         Rows(tmp_path / "cut.arrow")
+    (tmp_path / "r.csv").write_text("id")
     with pytest.raises(DataError, match=r"r\.csv: the format of this file is unknown; there is \.arrow"):
         Rows(tmp_path / "r.csv")
     (tmp_path / "void").mkdir()
