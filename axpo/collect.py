@@ -171,7 +171,7 @@ def main() -> None:
     from axpo.inputs import check_sampling, make_agent
 
     try:
-        distributed.initialise(distributed.device())
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_sampling(config)
         into = Collection(config)
     except (ValueError, OSError) as error:

@@ -8,11 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 CountOrOff = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _as_text(value: Any) -> Any:
+    """A whole number as a recipe may write it, `time_limit = 90`, for the text "90"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class _Section(BaseModel):
@@ -29,6 +34,22 @@ class Run(_Section):
     steps: Count = Field(default=100, description="training steps in all, those before a resume included")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the data order and of every sampled token")
     resume: bool = Field(default=False, description="continue the existing run directory from its last checkpoint")
+    time_limit: Annotated[str, BeforeValidator(_as_text)] = Field(
+        default="",
+        pattern=r"^(\d+|\d+:[0-5]\d:[0-5]\d)?$",
+        description="minutes, or H:MM:SS, after which the run saves and exits with 0 like on SIGTERM; empty: none",
+    )
+    timeout_s: float = Field(
+        default=1800.0, gt=0.0, le=7 * 86400.0, description="longest wait for another rank, in seconds, before an error"
+    )
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """`time_limit` in seconds, None without one."""
+        if not self.time_limit:
+            return None
+        parts = [int(part) for part in self.time_limit.split(":")]
+        return 60.0 * parts[0] if len(parts) == 1 else 3600.0 * parts[0] + 60.0 * parts[1] + parts[2]
 
 
 class Model(_Section):
@@ -307,6 +328,9 @@ class Train(_Section):
 class Checkpoint(_Section):
     every: CountOrOff = Field(default=20, description="steps between checkpoints; 0: only after the last step")
     keep: Count = Field(default=2, description="newest checkpoints kept")
+    asynchronous: bool = Field(
+        default=True, description="write from a copy in CPU memory while training goes on; false: a step waits for it"
+    )
 
 
 class Eval(_Section):
@@ -422,6 +446,10 @@ class Sft(_Section):
     )
     tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
     max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")
+    heldout_examples: CountOrOff = Field(
+        default=0, description="last examples, which are not trained on: their loss is heldout/loss"
+    )
+    heldout_every: CountOrOff = Field(default=0, description="steps between these; 0: only after the first and last")
     image_label_weight: float = Field(
         default=0.0, ge=0.0, le=10.0, description="task 'mini': weight of naming what every image token shows; 0 is off"
     )

@@ -66,24 +66,32 @@ class Evaluation:
         return cls(record["step"], [QuestionResult(**question) for question in record["questions"]])
 
 
-def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluation:
+def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluation | None:
     """Rolls out `eval.samples` times on the first `eval.questions` held-out questions; ranks share the work.
 
     The noise is the same at every evaluation of a run, so that before and after differ by the policy alone.
+    None on every rank when the agent of any was interrupted before its questions were done.
     """
     from axpo.benchmarks import eval_limits
     from axpo.distributed import gather_objects, rank, world_size
+    from axpo.rollout import InterruptedRollouts
 
     limits = eval_limits(config)
     mine = list(range(config.eval.questions))[rank() :: world_size()]
     results: list[tuple[int, QuestionResult]] = []
     for start in range(0, len(mine), _BATCH):
         questions = [(index, task.question("heldout", index)) for index in mine[start : start + _BATCH]]
-        for branches in agent.rollouts(0, questions, config.eval.samples, limits):
+        try:
+            groups = agent.rollouts(0, questions, config.eval.samples, limits)
+        except InterruptedRollouts:
+            break
+        for branches in groups:
             rewards, used = [branch.reward for branch in branches], [bool(branch.calls) for branch in branches]
             results.append((branches[0].group, QuestionResult(branches[0].question.id, rewards, used)))
             agent.close(branches)
     ordered = sorted(gather_objects(results), key=lambda result: result[0])
+    if len(ordered) < config.eval.questions:
+        return None
     return Evaluation(step, [question for _, question in ordered])
 
 
@@ -146,8 +154,8 @@ def main() -> None:
     from axpo.inputs import check_heldout, check_sampling, make_agent
     from axpo.scores import scores_table
 
-    distributed.initialise(distributed.device())
     try:
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_sampling(config)
         tasks = open_benchmarks(config)
         if not tasks:
@@ -161,7 +169,9 @@ def main() -> None:
     if results is not None:
         shown = scores_table(run_benchmarks(agent, tasks, config, results), config.model.path)
     else:
-        shown = comparison([(config.model.path, evaluate(agent, inputs.task, config, step=0))])
+        evaluated = evaluate(agent, inputs.task, config, step=0)
+        assert evaluated is not None  # nothing interrupts it
+        shown = comparison([(config.model.path, evaluated)])
     if distributed.rank() == 0:
         Console().print(shown)
         if results is not None:

@@ -1,5 +1,6 @@
 """The agent loop: rollouts and resamples think, call tools and answer, each at its own pace over one engine."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -110,6 +111,10 @@ class Followup(Protocol):
         ...
 
 
+class InterruptedRollouts(Exception):
+    """The run was asked to stop: what was rolled out of this step is given up."""
+
+
 class Agent:
     """Rolls trajectories out. Finished branches keep their KV until `close`, so that they can be resampled.
 
@@ -128,6 +133,10 @@ class Agent:
         self.conversation = conversation
         self.seed = seed
         self.tool_wait_s = 0.0
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Asked after every engine step: rollouts end in InterruptedRollouts when it says so."""
+        self.patience_s = math.inf
+        """Longest wait for other ranks' groups, with nothing of its own to do."""
         self._pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="tool")
 
     def rollouts(
@@ -258,7 +267,10 @@ class Agent:
                 begin(then.ended(branch) if then is not None else ())
 
         begin(branches)
+        idle_since = math.inf
         while True:
+            if self.interrupted():
+                raise InterruptedRollouts
             for sequence, output in self.llm.step():
                 branch = active[id(sequence)]
                 self._turn(branch, output, limits, pending)
@@ -273,7 +285,12 @@ class Agent:
             if not (self.llm.scheduler.has_work or pending):
                 if more is None:
                     return
+                idle_since = min(idle_since, time.monotonic())
+                if time.monotonic() - idle_since > self.patience_s:
+                    raise TimeoutError(f"no word from the other ranks for run.timeout_s = {self.patience_s:g} s")
                 time.sleep(_POLL_S)
+            else:
+                idle_since = math.inf
 
     def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future, Pending]) -> None:
         """Records a turn, and calls its tools or grades its answer: what is quick now, the rest on a worker thread."""

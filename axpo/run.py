@@ -2,24 +2,28 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
 
-from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+from axpo.checkpoint import export_policy
 from axpo.config import Config
-from axpo.distributed import barrier, device, gather_objects, rank, world_size
+from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank, world_size
 from axpo.evaluate import Evaluation, comparison, evaluate
 from axpo.explore import Exploration, explore
+from axpo.heartbeat import Heartbeat, TracedSpans
 from axpo.inputs import Inputs, make_agent, make_learner
 from axpo.learner import NonFiniteError
-from axpo.metrics import MetricsLogger, Spans
+from axpo.lifecycle import Lifecycle
+from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
 from axpo.replay import keep_update
-from axpo.rollout import Limits
-from axpo.rundir import RunDir, write_json
+from axpo.rollout import InterruptedRollouts, Limits
+from axpo.rundir import RunDir, cannot_write, write_json
+from axpo.stopping import Stop
 from axpo.tasks import Question
 from axpo.telemetry import Telemetry
 from axpo.trajectory import SAMPLED, Trajectory
@@ -41,7 +45,7 @@ class StepRecord:
 class Run:
     """A context manager: made from checked inputs and a run directory, standing at the directory's last checkpoint."""
 
-    def __init__(self, config: Config, inputs: Inputs, directory: RunDir):
+    def __init__(self, config: Config, inputs: Inputs, directory: RunDir, stop: Stop, heartbeat: Heartbeat):
         self.config, self.inputs, self.directory = config, inputs, directory
         self.log = MetricsLogger(
             directory,
@@ -53,10 +57,10 @@ class Run:
         )
         self.agent = make_agent(config, inputs, load=False)  # the learner brings the weights
         self.learner = make_learner(config, inputs.source)
-        self.spans = Spans(torch.cuda.synchronize if device().type == "cuda" else None)
+        self.spans = TracedSpans(heartbeat, torch.cuda.synchronize if device().type == "cuda" else None)
+        self.life = Lifecycle(config, directory, self.learner, stop, heartbeat)
+        self.agent.interrupted, self.agent.patience_s = self.life.interrupted, config.run.timeout_s
         self.telemetry = Telemetry(device(), self.agent.llm)
-        found = latest(directory.path / "checkpoints")
-        self.step = load_checkpoint(found, self.learner).step if found else 0
         self.push_weights()
 
     def __enter__(self) -> "Run":
@@ -65,9 +69,9 @@ class Run:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.log.close()
         if isinstance(error, NonFiniteError):
-            kept = keep_update(self.directory.debug(self.step + 1), self.config, self.learner, error.minibatch)
+            kept = keep_update(self.directory.debug(self.life.step + 1), self.config, self.learner, error.minibatch)
             raise NonFiniteError(
-                f"step {self.step + 1}, {error}\nthe update is kept: find the first bad tensor with "
+                f"step {self.life.step + 1}, {error}\nthe update is kept: find the first bad tensor with "
                 f"python -m axpo.train --debug.replay {kept}",
                 error.minibatch,
             ) from error
@@ -75,7 +79,8 @@ class Run:
     def questions(self, step: int) -> list[tuple[int, Question]]:
         """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
         count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
-        drawn = range((step - 1) * count, step * count)
+        ahead = (step - self.life.step - 1) * count  # 0, or with rollout.overlap the groups of the step in training
+        drawn = range(self.life.consumed + ahead, self.life.consumed + ahead + count)
         order = [shuffled(self.config.run.seed, position, size) for position in drawn]
         return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
 
@@ -91,6 +96,13 @@ class Run:
         questions = self.questions(step)
         mine = questions[rank() :: world_size()]
         return explore(self.agent, step, mine, len(questions), limits, self.config.algo, self.config.run.seed)
+
+    def unless_stopped(self, explore: Callable[[int], Exploration], step: int) -> Exploration | None:
+        """What `explore` returns; None on every rank when any was asked to stop, before it or in it."""
+        explored = None
+        with suppress(InterruptedRollouts):
+            explored = explore(step)
+        return None if self.life.stopping() else explored
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the engine is wanted for something else than step + 1."""
@@ -120,7 +132,6 @@ class Run:
 
     def finish_step(self, step: int, record: StepRecord, metrics: dict[str, float | None]) -> None:
         """Trajectories, then metrics, then the checkpoint: a resume drops what lies behind its checkpoint."""
-        self.step = step
         with self.spans("log"):
             if rank() == 0:
                 self.directory.write_trajectories(step, record.trajectories)
@@ -130,48 +141,58 @@ class Run:
         metrics["perf/train_tokens_per_s"] = (metrics["pack/tokens"] or 0) / seconds["perf/train_s"]
         metrics |= self.telemetry.metrics(seconds, metrics["pack/flops"] or 0.0)
         metrics["pack/idle_s"] = (metrics["pack/idle_fraction"] or 0) * seconds["perf/train_s"]
-        self.log.log(step, metrics | self.synced.metrics() | seconds)
-        last, every = step == self.config.run.steps, self.config.checkpoint.every
-        if last or (every and step % every == 0):
+        try:
+            self.log.log(step, metrics | self.synced.metrics() | seconds)
+        except OSError as error:
+            raise cannot_write(self.directory.metrics, error) from None
+        self.life.advance(self.config.rollout.questions_per_step)
+        if self.life.save_due:
             with self.spans("checkpoint"):
-                progress = Progress(step, step * self.config.rollout.questions_per_step)
-                save_checkpoint(
-                    self.directory.path / "checkpoints", self.learner, progress, self.config.checkpoint.keep
-                )
-        if self.evaluates_after(step) and not last:
+                self.life.save()
+        if self._evaluation_due() and step < self.config.run.steps:
             with self.spans("evaluation"):
-                self.evaluate()
+                self._evaluate()
 
     def evaluate_before(self) -> None:
-        if self.step == 0 and self.config.eval.questions:
-            self.log.print(f"evaluating {self.config.model.path} on {self.config.eval.questions} held-out questions …")
+        """Evaluates the policy that the run begins with; on a resume, that of the checkpoint if a kill came before."""
+        if self._evaluation_due() and not from_rank_0(self.directory.evaluation(self.life.step).exists):
+            self.log.print(f"evaluating step {self.life.step} on {self.config.eval.questions} held-out questions …")
             with self.spans("evaluation"):
-                self.evaluate()
-
-    def evaluate(self) -> None:
-        """Evaluates the policy of this step and writes evaluation/step_000010.json."""
-        result = evaluate(self.agent, self.inputs.task, self.config, self.step)
-        if rank() == 0:
-            write_json(self.directory.evaluation(self.step), result.to_json())
-        barrier()
+                self._evaluate()
 
     def finish_run(self) -> None:
         """Exports the policy, evaluates it, shows before and after, and writes the report."""
-        export_policy(self.learner, self.inputs.source, self.directory.policy)
-        if self.config.eval.questions:
-            self.log.print("evaluating the trained policy …")
-            self.evaluate()
-        if rank() == 0:
-            from axpo.report import write_report
-
+        self.life.wait()
+        with self.spans("finish"):
+            export_policy(self.learner, self.inputs.source, self.directory.policy)
             if self.config.eval.questions:
-                self.log.print(comparison(self._before_and_after()))
-            report = write_report(self.directory.path, self.config.log.trees_in_report)
-            self.log.print(f"policy  {self.directory.policy}\nreport  {report}")
+                self.log.print("evaluating the trained policy …")
+                if not self._evaluate():
+                    return self.life.save_and_stop()
+            if rank() == 0:
+                from axpo.report import write_report
+
+                if self.config.eval.questions:
+                    self.log.print(comparison(self._before_and_after()))
+                report = write_report(self.directory.path, self.config.log.trees_in_report)
+                self.log.print(f"policy  {self.directory.policy}\nreport  {report}")
+            barrier()
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step, 0 for the policy before the run, is one to evaluate after."""
+        every = self.config.eval.every
+        return self.config.eval.questions > 0 and (self.life.step == 0 or (every > 0 and self.life.step % every == 0))
+
+    def _evaluate(self) -> bool:
+        """Writes evaluation/step_000010.json of the policy of this step; nothing and False when asked to stop."""
+        result = evaluate(self.agent, self.inputs.task, self.config, self.life.step)
+        if result is not None and rank() == 0:
+            write_json(self.directory.evaluation(self.life.step), result.to_json())
         barrier()
+        return result is not None
 
     def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
-        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.step)}
+        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.life.step)}
         return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
 
 

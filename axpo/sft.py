@@ -2,33 +2,39 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from axpo.cli import exit_with, load_config
 from axpo.config import SftConfig
+
+if TYPE_CHECKING:
+    from axpo.heartbeat import Heartbeat
+    from axpo.rundir import RunDir
+    from axpo.sft_data import SftData
+    from axpo.stopping import Stop
 
 
 def main() -> None:
     config = load_config(SftConfig, prog="axpo.sft", recipe="mini-sft")
     # After the configuration is known to be right: these take seconds to import.
-    import torch
-
     from axpo import distributed
-    from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+    from axpo.checkpoint_record import CheckpointError
     from axpo.fit import check_devices, check_fits
-    from axpo.learner import Learner
-    from axpo.metrics import MetricsLogger, Spans, check_sinks
-    from axpo.packing import pack_trees
+    from axpo.heartbeat import Heartbeat
+    from axpo.metrics import check_sinks
     from axpo.paths import model_directory
-    from axpo.rundir import continue_from, open_run_dir
+    from axpo.rundir import RunDirError
     from axpo.sft_data import SftData
     from axpo.sharding import check_replicas
-    from axpo.telemetry import Telemetry
+    from axpo.start import open_run
+    from axpo.stopping import Stop
     from engine.weights import check_weights
 
+    stop = Stop(config.run.time_limit_s)
     try:
         check_devices()
         device = distributed.device()
-        distributed.initialise(device)
+        distributed.initialise(device, config.run.timeout_s)
         source = model_directory(config.model.path)
         if not config.sft.from_scratch:
             check_weights(source)
@@ -36,11 +42,34 @@ def main() -> None:
         check_fits(config, device)
         check_sinks(config.log)
         dataset = SftData(source, config, distributed.rank(), distributed.world_size())
-        run = open_run_dir(config, rank=distributed.rank())
+        run = open_run(config, dataset.fingerprint)
     except (ValueError, OSError) as error:
         exit_with("axpo.sft", error)
-    distributed.barrier()
-    run = continue_from(run.path)
+    try:
+        with Heartbeat(run.ranks, "axpo.sft") as heartbeat:
+            tune(config, source, dataset, run, stop, heartbeat)
+    except (CheckpointError, RunDirError) as error:
+        exit_with("axpo.sft", error)
+    distributed.finish()
+
+
+def tune(
+    config: SftConfig, source: Path, dataset: "SftData", run: "RunDir", stop: "Stop", heartbeat: "Heartbeat"
+) -> None:
+    """Runs to `run.steps` from wherever the run directory stands, then exports; or saves when it is asked to stop."""
+    import torch
+
+    from axpo.checkpoint import export_policy
+    from axpo.distributed import all_reduce, rank
+    from axpo.distributed import device as this_device
+    from axpo.heartbeat import TracedSpans
+    from axpo.learner import Learner
+    from axpo.lifecycle import Lifecycle
+    from axpo.metrics import MetricsLogger
+    from axpo.packing import pack_trees
+    from axpo.telemetry import Telemetry
+
+    device = this_device()
     learner = Learner(
         source,
         dtype=getattr(torch, config.model.dtype),
@@ -50,37 +79,43 @@ def main() -> None:
         scratch_seed=config.run.seed if config.sft.from_scratch else None,
         train=config.train,
     )
-    checkpoints = run.path / "checkpoints"
-    start = load_checkpoint(found, learner).step if (found := latest(checkpoints)) else 0
+    life = Lifecycle(config, run, learner, stop, heartbeat)
     log = MetricsLogger(
         run,
         steps=config.run.steps,
-        rank=distributed.rank(),
+        rank=rank(),
         tensorboard=config.log.tensorboard,
         console=config.log.console,
         wandb=config.log.wandb_project if config.log.wandb else "",
         columns=(("loss", "policy/loss", "{:.3f}"), ("s/step", "perf/step_s", "{:.2f}")),
     )
-    spans = Spans(torch.cuda.synchronize if device.type == "cuda" else None)
+    spans = TracedSpans(heartbeat, torch.cuda.synchronize if device.type == "cuda" else None)
     telemetry = Telemetry(device)
     with log:
-        for step in range(start + 1, config.run.steps + 1):
+        for step in life.steps():
             with spans("data"):
                 batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens, learner.flops)
             with spans("train"):
                 metrics = learner.sft_step(batches)
-            if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                with spans("checkpoint"):
-                    progress = Progress(step, step * config.sft.batch_size)
-                    save_checkpoint(checkpoints, learner, progress, config.checkpoint.keep)
+            every = config.sft.heldout_every
+            if config.sft.heldout_examples and (step in (1, config.run.steps) or (every and step % every == 0)):
+                with spans("heldout"):
+                    rows = pack_trees(dataset.heldout(), config.train.micro_batch_tokens, learner.flops)
+                    metrics["heldout/loss"] = learner.sft_loss(rows)
             seconds = spans.metrics()
-            flops = distributed.all_reduce(sum(map(learner.flops, batches)), device)
+            flops = all_reduce(sum(map(learner.flops, batches)), device)
             log.log(step, metrics | telemetry.metrics(seconds, flops) | seconds)
+            life.advance(config.sft.batch_size)
+            if life.save_due:
+                with spans("checkpoint"):
+                    life.save()
+            if life.stopping():
+                return life.save_and_stop()
+    life.wait()
     export_policy(learner, source, run.policy)
-    if config.sft.export and distributed.rank() == 0:
+    if config.sft.export and rank() == 0:
         for file in run.policy.iterdir():
             shutil.copy2(file, Path(config.sft.export) / file.name)
-    distributed.finish()
 
 
 if __name__ == "__main__":

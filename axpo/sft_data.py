@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from axpo.config import SftConfig
 from axpo.conversation import Conversation
 from axpo.data import Rows
 from axpo.order import shuffled
-from axpo.tasks import get_task
+from axpo.tasks import fingerprint, get_task
 from axpo.tasks.conversations import conversation_row
 from axpo.tasks.teacher import STYLES, Row, sft_row
 from axpo.tools import tool_class
@@ -40,11 +41,30 @@ class SftData:
             self._conversation.schemas = [tool_class(name).function() for name in config.sft.tools] or None
         else:
             self._task = get_task(config.data.task)
+        if len(self) < 1:
+            raise ValueError(
+                f"sft.heldout_examples = {config.sft.heldout_examples}: there are {self._all} examples in all; "
+                "leave some to train on"
+            )
         self._tree = lru_cache(CACHED if self._file is None else 0)(self._make_tree)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, number and content of what is learned from."""
+        if self._file is None:
+            return fingerprint(self._task)
+        return {"task": "jsonl", "questions": len(self), "sha256": self._file.content_hash()}
+
     def __len__(self) -> int:
-        """Different examples; an epoch goes through them all."""
+        """Different examples to train on; an epoch goes through them all."""
+        return self._all - self.config.sft.heldout_examples
+
+    @property
+    def _all(self) -> int:
         return self.config.sft.examples if self._file is None else len(self._file)
+
+    def heldout(self) -> list[PackedBatch]:
+        """This rank's share of the last examples, which are not trained on."""
+        return [self._tree(example) for example in range(len(self), self._all)[self.rank :: self.world_size]]
 
     def batch(self, step: int) -> list[PackedBatch]:
         """This rank's share of the examples of step 1, 2, …; every epoch has a new order."""

@@ -10,39 +10,52 @@ from axpo.cli import exit_with, load_config
 from axpo.config import Config
 
 if TYPE_CHECKING:
+    from axpo.heartbeat import Heartbeat
     from axpo.inputs import Inputs
     from axpo.rundir import RunDir
+    from axpo.stopping import Stop
 
 
 def main() -> None:
     config = load_config(Config, prog="axpo.train", recipe="mini")
     # The configuration is right; only now the modules that take seconds to import.
     from axpo import distributed
+    from axpo.checkpoint_record import CheckpointError
     from axpo.fit import check_devices
+    from axpo.heartbeat import Heartbeat
     from axpo.inputs import check_inputs
     from axpo.learner import NonFiniteError
     from axpo.replay import NON_FINITE, replay
-    from axpo.rundir import continue_from, open_run_dir
+    from axpo.rundir import RunDirError
+    from axpo.start import open_run
+    from axpo.stopping import Stop
+    from axpo.tasks import fingerprint
 
     if config.debug.replay:
         raise SystemExit(replay(config.debug.replay))
+    stop = Stop(config.run.time_limit_s)
     try:
         check_devices()
-        distributed.initialise(distributed.device())
+        distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_inputs(config)
-        run = open_run_dir(config, rank=distributed.rank())
+        run = open_run(config, lambda: fingerprint(inputs.task))
     except (ValueError, OSError) as error:
         exit_with("axpo.train", error)
-    distributed.barrier()
     try:
-        train(config, inputs, continue_from(run.path))
+        with Heartbeat(run.ranks, "axpo.train") as heartbeat:
+            train(config, inputs, run, stop, heartbeat)
+    except (CheckpointError, RunDirError) as error:
+        exit_with("axpo.train", error)
     except NonFiniteError as error:
         exit_with("axpo.train", error, NON_FINITE)
     distributed.finish()
 
 
-def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
-    """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports."""
+def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", heartbeat: "Heartbeat") -> None:
+    """Runs to `run.steps` from wherever the run directory stands, then exports, evaluates and reports.
+
+    Asked to stop, it gives up the rollouts of the step in flight, or ends its update, and saves the last whole step.
+    """
     from axpo.advantage import advantage_std, assign_credit, shaped_reward
     from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
     from axpo.distributed import gather_objects
@@ -59,14 +72,16 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
         buffer=algo.overlong_buffer,
         penalty=algo.overlong_penalty,
     )
-    with Run(config, inputs, directory) as state, StepAhead(state.explore) as ahead:
+    with Run(config, inputs, directory, stop, heartbeat) as state, StepAhead(state.explore) as ahead:
         learner, spans = state.learner, state.spans
         state.evaluate_before()
-        for step in range(state.step + 1, config.run.steps + 1):
+        for step in state.life.steps():
             with spans("rollout"):
                 # Rollouts; all-wrong tool-using subgroups; the least confident call of each, breadth before depth;
                 # continuations of it. Each starts as soon as it can.
-                explored = ahead.result(step)
+                explored = state.unless_stopped(ahead.result, step)
+                if explored is None:
+                    return state.life.save_and_stop()
                 groups, resamples = explored.groups, explored.resamples
             spans.move("rollout", "resample", explored.seconds[1])
 
@@ -122,6 +137,8 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir") -> None:
                     metrics |= rank_metrics(candidates)
                 metrics |= exploration_metrics(explored)
             state.finish_step(step, record, metrics)
+            if state.life.stopping():
+                return state.life.save_and_stop()
         state.finish_run()
 
 

@@ -54,12 +54,16 @@ def make_row(measured: Measured, work: Workload, floors: Floors, reference: Meas
     for mark, group, first_floor, step_floor, other in groups:
         if group is None:
             continue
-        rate = group.tokens_per_s
+        rate, decode = group.tokens_per_s, group.decode_tokens_per_s
+        count = work.inside_tokens if mark else work.new_tokens
+        least = first_floor + (count - 1) * step_floor
         row |= {
             f"{mark}fork_to_first_token_s": group.first_token_s,
             f"{mark}first_token_share": _share(first_floor, group.first_token_s),
             f"{mark}tokens_per_s": rate,
-            f"{mark}tokens_share": _share(step_floor, work.forks / rate if rate else None),
+            f"{mark}tokens_share": _share(least, work.forks * count / rate if rate else None),
+            f"{mark}decode_tokens_per_s": decode,
+            f"{mark}decode_share": _share(step_floor, work.forks / decode if decode else None),
             f"{mark}bytes_copied_per_fork": group.bytes_copied,
             f"{mark}copy_floor_s": None if group.bytes_copied is None else floors.copy(group.bytes_copied * work.forks),
             f"{mark}recomputed_per_fork": group.recomputed,
@@ -81,18 +85,19 @@ def render(rows: list[Row], title: str) -> str:
 
 
 def render_grid(grid: list[Row], base: str, other: str, again: str) -> str:
-    """For every prefix and number of forks: decode of `base` over `other`, first token of `again` over `base`."""
+    """For every prefix and number of forks: decoding of `base` over `other`, first token of `again` over `base`."""
     cells = {(row["prefix"], row["forks"], row["system"]): row for row in grid}
     places = sorted({(row["prefix"], row["forks"]) for row in grid})
     table = []
     for prefix, forks in places:
         ours, flat, fresh = (cells.get((prefix, forks, name), {}) for name in (base, other, again))
-        decode = _ratio(ours.get("tokens_per_s"), flat.get("tokens_per_s"))
+        decode = _ratio(ours.get("decode_tokens_per_s"), flat.get("decode_tokens_per_s"))
         first = _ratio(fresh.get("fork_to_first_token_s"), ours.get("fork_to_first_token_s"))
         verdict = "" if decode is None else "wins" if decode > 1 + NOISE else "loses" if decode < 1 - NOISE else "even"
-        figures = [_number(ours.get("tokens_per_s")), _number(flat.get("tokens_per_s")), _times(decode), verdict]
+        rates = [_number(system.get("decode_tokens_per_s")) for system in (ours, flat)]
+        figures = [*rates, _times(decode), verdict]
         table.append([str(prefix), str(forks), *figures, _times(first)])
-    head = ["prefix", "forks", "tokens/s", "unshared", "sharing", "", "first token beside re-prefill"]
+    head = ["prefix", "forks", "decode/s", "unshared", "sharing", "", "first token beside re-prefill"]
     return "\n".join(["Where sharing attention wins and where it loses", *_table(head, table)])
 
 
@@ -108,7 +113,7 @@ def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
     figure, axes = pyplot.subplots(1, 3 if grid else 2, figsize=(16 if grid else 11, 4.5), layout="constrained")
     names = [row["system"] for row in shown]
     axes[0].barh(names, [row["tokens_per_s"] for row in shown])
-    axes[0].set_xlabel("tokens per second of all branches")
+    axes[0].set_xlabel("tokens per second of all branches, from the fork on")
     axes[1].barh(names, [row["fork_to_first_token_s"] * 1e3 for row in shown], log=True)
     axes[1].set_xlabel("fork to first token of all branches, ms")
     for axis in axes[:2]:
@@ -116,10 +121,10 @@ def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
     if grid:
         for forks in sorted({row["forks"] for row in grid}):
             for system in dict.fromkeys(row["system"] for row in grid):
-                line = [r for r in grid if r["forks"] == forks and r["system"] == system and r["tokens_per_s"]]
-                points = [r["prefix"] for r in line], [r["tokens_per_s"] for r in line]
+                line = [r for r in grid if r["forks"] == forks and r["system"] == system and r["decode_tokens_per_s"]]
+                points = [r["prefix"] for r in line], [r["decode_tokens_per_s"] for r in line]
                 axes[2].plot(*points, "o-", label=f"{system}, {forks} forks")
-        axes[2].set(xscale="log", yscale="log", xlabel="prefix, tokens", ylabel="tokens per second")
+        axes[2].set(xscale="log", yscale="log", xlabel="prefix, tokens", ylabel="tokens per second of decoding")
         axes[2].legend(fontsize=6)
     figure.suptitle(title, fontsize=9)
     figure.savefig(file, dpi=120)
@@ -128,6 +133,7 @@ def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
 
 
 HEAD = ["system", "fork µs", "first token ms", "of floor", "ours ×", "tokens/s", "of floor", "ours ×"]
+HEAD += ["decode/s", "of floor", "ours ×"]
 HEAD += ["copied B", "computed again", "KV MB", "equal"]
 
 
@@ -135,7 +141,7 @@ def _cells(row: Row, ours: Row, mark: str) -> list[str]:
     first, rate = row.get(f"{mark}fork_to_first_token_s"), row.get(f"{mark}tokens_per_s")
     if first is None:
         return [row["system"], row["error"] or "not measured"]
-    equal = row.get(f"{mark}equal_tokens")
+    equal, decode = row.get(f"{mark}equal_tokens"), row.get(f"{mark}decode_tokens_per_s")
     return [
         row["system"] + ("" if row.get(f"{mark}complete") else " (cut off)"),
         _number(row.get(f"{mark}fork_us")),
@@ -145,6 +151,9 @@ def _cells(row: Row, ours: Row, mark: str) -> list[str]:
         _number(rate),
         _percent(row.get(f"{mark}tokens_share")),
         _times(_ratio(ours.get(f"{mark}tokens_per_s"), rate)),
+        _number(decode),
+        _percent(row.get(f"{mark}decode_share")),
+        _times(_ratio(ours.get(f"{mark}decode_tokens_per_s"), decode)),
         _number(row.get(f"{mark}bytes_copied_per_fork")),
         _number(row.get(f"{mark}recomputed_per_fork")),
         _number(row[f"{mark}kv_bytes"] / 1e6) if row.get(f"{mark}kv_bytes") else "",

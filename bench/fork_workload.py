@@ -89,6 +89,13 @@ class Branches:
 
     @property
     def tokens_per_s(self) -> float | None:
+        """Of the whole workload: all new tokens of all branches over the time from the fork to the last of them."""
+        tokens, took = sum(map(len, self.outputs)), self.first_token_s + self.decode_s
+        return tokens / took if tokens and took > 0 else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Of decoding alone: what came after the moment when every branch had a token."""
         return self.decode_tokens / self.decode_s if self.decode_tokens and self.decode_s > 0 else None
 
 
@@ -157,9 +164,10 @@ class Floors:
     @classmethod
     def measure(cls, path: Path, dtype: torch.dtype, device: torch.device) -> "Floors":
         copy, product = floors(device)
-        if device.type != "cuda":  # `floors` multiplies fp32 there
+        if device.type != "cuda" and dtype != torch.float32:
+            # `floors` multiplies fp32 there, which is the faster one on processors without matrix units.
             a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
-            product = 2 * 1024**3 / seconds(lambda: a @ b, device)
+            product = max(product, 2 * 1024**3 / seconds(lambda: a @ b, device))
         t = ModelConfig.from_pretrained(path).text
         heads = (2 * t.num_heads + 2 * t.num_kv_heads) * t.head_dim * t.hidden_size
         layers = t.num_layers * (heads + 3 * t.hidden_size * t.intermediate_size)

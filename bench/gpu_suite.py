@@ -30,6 +30,7 @@ import torch  # noqa: E402
 
 from bench.cases import CASES, Case, Shape, draw  # noqa: E402
 from bench.checks import Check, check_case, check_engine  # noqa: E402
+from bench.engine_checks import check_machinery  # noqa: E402
 from bench.measure import floors, forward_call, gradient_call, seconds, workspace_bytes  # noqa: E402
 
 LIMIT_S = 500  # of nine minutes; what would begin later is left out, and said to be
@@ -156,11 +157,11 @@ def all_checks(cases: list[Case], device: torch.device, engine: bool) -> Iterato
                     yield from check_case(case, shape, device, dtype, "triton")
                 except Exception as error:
                     yield Check(f"{case.name}, {shape.name}, {dtype}", False, _brief(error))
-    if engine:
+    for check in (check_engine, check_machinery) if engine else ():
         try:
-            yield from check_engine(device)
+            yield from check(device)
         except Exception as error:
-            yield Check("engine", False, _brief(error))
+            yield Check(check.__name__, False, _brief(error))
 
 
 def benchmark(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from engine.scheduler import Request
 
-COLUMNS = ("token", "position", "delta", "seed", "top_k")
+COLUMNS = ("token", "position", "delta", "seed", "top_k", "limit")
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -22,6 +22,7 @@ class DecodeBatch:
         delta        [n] int64    rotary position - index
         seed, top_k  [n] int64    and temperature, top_p, min_p [n] fp32: of the sampler
         table        [n, columns] int32, the block table; what lies behind a row's last block is not defined
+        limit        [n] int64    tokens at which the run ends
         num_blocks   [n] int64    blocks in the row's table
         shared       [n] bool     the block that the next token goes to may be shared
     """
@@ -58,6 +59,10 @@ class DecodeBatch:
     @property
     def top_k(self) -> npt.NDArray[np.int64]:
         return self._ints[4, : len(self)]
+
+    @property
+    def limit(self) -> npt.NDArray[np.int64]:
+        return self._ints[5, : len(self)]
 
     @property
     def temperature(self) -> npt.NDArray[np.float32]:
@@ -109,7 +114,7 @@ class DecodeBatch:
             sequence, params = request.sequence, request.params
             length = len(sequence.token_ids)
             delta = sequence.spans[-1].delta if sequence.spans else 0
-            self._ints[:, row] = (sequence.token_ids[-1], length - 1, delta, request.seed, params.top_k)
+            self._ints[:, row] = (sequence.token_ids[-1], length - 1, delta, request.seed, params.top_k, request.limit)
             self._floats[:, row] = (params.temperature, params.top_p, params.min_p)
             self._shared[row] = True
             self._shaped[row] = request.shaper is not None

@@ -1,7 +1,7 @@
 """The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,38 +11,43 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from engine.attention import Target, choose_backend
+from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
+from engine.graphs import Launched
 from engine.images import ImageInput
+from engine.lifecycle import Lifecycle
 from engine.logits import make_shaper
-from engine.memory import KVCache
-from engine.models import ModelConfig, fuse_projections
+from engine.memory import KVCache, check_kv_size, kv_size
+from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.processor import Processor
 from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
-from engine.resident import LoadFormat, resident_model
+from engine.resident import LoadFormat, ResidentWeights
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
-from engine.scheduler import Request, Scheduler
+from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
 from engine.stopping import met_stop_string, text_of
-from engine.weights import copy_weights
 
 
-class LLM:
+class LLM(Lifecycle):
     """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
 
     Args:
         path: checkpoint directory.
         dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
         load_format: "auto" reads the weights; "dummy" leaves them unfilled, for a caller that brings them.
-        kv_cache_bytes: size of the KV cache; blocks of `block_size` tokens are cut from it.
+        kv_cache_bytes: size of the KV cache, half a gigabyte by default; blocks of `block_size` tokens are cut from it.
+        kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
         share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
             changes the speed and not a bit of the results.
+        attention: "ours", "sdpa", "flash_attn", "xformers", or "auto", the best that can serve; `explain` says why.
+        enforce_eager: no CUDA graphs; a GPU then waits for the host in every step.
         seed: keys the noise of requests that bring no seed of their own.
     """
 
@@ -53,27 +58,40 @@ class LLM:
         dtype: torch.dtype | None = None,
         load_format: LoadFormat = "auto",
         device: str | torch.device | None = None,
-        kv_cache_bytes: int = 1 << 29,
+        kv_cache_bytes: int | None = None,
+        kv_cache_fraction: float | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
+        attention: str = "auto",
+        enforce_eager: bool = False,
         seed: int = 0,
     ):
+        check_kv_size(kv_cache_bytes, kv_cache_fraction)
         self.path = Path(path)
         self.config = ModelConfig.from_pretrained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.model = resident_model(self.config, self.path, dtype, self.device, load_format)
-        self.kv = KVCache(self.config.text, kv_cache_bytes, block_size, dtype, self.device)
+        text = self.config.text
+        target = Target(self.device, dtype, text.num_heads, text.num_kv_heads, text.head_dim, block_size)
+        self._choice = choose_backend(attention, target)
+        self.weights = ResidentWeights(self.config, self.path, dtype, self.device, load_format)
+        self.model = self.weights.model
+        size = kv_size(kv_cache_bytes, kv_cache_fraction, self.device)
+        self.kv = KVCache(self.config.text, size, block_size, dtype, self.device)
         self.pool = BlockPool(self.kv.num_blocks, block_size)
         self.sequences: dict[int, Sequence] = {}
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
-        self.runner = Runner(self.model, self.kv, block_size, vision_cache_bytes, share_prefixes)
+        self.attention = self._choice.backend(self.kv, target, share_prefixes)
+        self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
+        if self.device.type == "cuda" and not enforce_eager:
+            self.runner.use_graphs(self.scheduler.max_num_seqs, capture=True)
         self.eos_token_ids = eos_token_ids(self.path)
         self.weight_version = 0
+        self._launched: Launched | None = None  # a step whose tokens are not known yet
         self._seed = seed
         self._requests = itertools.count()
         self._ordinals = itertools.count()
@@ -96,7 +114,7 @@ class LLM:
         tokens = self.expand(self.processor.tokenizer.encode(text) if token_ids is None else token_ids, inputs)
         if not tokens:
             raise ValueError("the prompt is empty; give at least one token")
-        self.check_length(len(tokens))
+        self.check_length(len(tokens), inputs)
         return Sequence(self, tokens, inputs, self.processor.spans(tokens, inputs) if inputs else [])
 
     def prefill(self, sequences: Seq[Sequence]) -> None:
@@ -116,22 +134,62 @@ class LLM:
 
     def step(self) -> list[tuple[Sequence, CompletionOutput]]:
         """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
+        launched, self._launched = self._launched, None
         if not self.scheduler.has_work:
             return []
-        chunks = self.scheduler.schedule()
         batch = self.scheduler.decoding
+        if launched is None or not len(batch):  # all its rows were aborted
+            chunks = self.scheduler.schedule()
+            self._count(len(batch), chunks)
+            launched = None if chunks or self.runner.graphs is None else self.runner.graphs.launch(batch)
+            if launched is None:
+                return self._compute(batch, chunks)
+        if self.scheduler.reserve_ahead():  # the next step begins before this one's tokens are known
+            launched.ahead = True
+            assert self.runner.graphs is not None
+            self._launched = self.runner.graphs.launch(batch, launched)
+            if self._launched is not None:
+                self._count(len(batch), [])
+        return self._take(batch, launched)
+
+    def _count(self, decoding: int, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self._counts["decode_tokens" if not chunk.writes else "prefill_tokens"] += chunk.stop - chunk.start
-        self._counts["decode_tokens"] += len(batch)
+        self._counts["decode_tokens"] += decoding
         self._counts["steps"] += 1
+
+    def _compute(self, batch: DecodeBatch, chunks: list[Chunk]) -> list[tuple[Sequence, CompletionOutput]]:
+        """One step, computed and waited for."""
         sampled = self.runner.step(batch, chunks)
         for chunk in chunks:
             self.scheduler.seal(chunk.request.sequence, chunk.start // self.pool.block_size)
         finished = {chunk.request for chunk in chunks if not chunk.request.samples and chunk.request.pending == 0}
-        rows = zip(
-            batch.requests + sampled.requests, sampled.tokens.tolist(), sampled.logprobs, sampled.entropies, strict=True
+        tokens = sampled.tokens.tolist()
+        finished |= self._append(batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies)
+        batch.advance(sampled.tokens[: len(batch)])
+        self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
+        return self._finish(finished)
+
+    def _take(self, batch: DecodeBatch, launched: Launched) -> list[tuple[Sequence, CompletionOutput]]:
+        """Waits for a step that was launched. Rows that left the batch since are passed over."""
+        tokens, logprobs, entropies = launched.results()
+        rows = launched.rows_of(batch.requests)
+        picked = rows.tolist()
+        finished = self._append(
+            batch.requests, tokens[rows].tolist(), [logprobs[row] for row in picked], [entropies[row] for row in picked]
         )
-        for request, token, logprob, entropy in rows:
+        if launched.ahead:
+            batch.token[:] = tokens[rows]
+        else:
+            batch.advance(tokens[rows])
+        return self._finish(finished)
+
+    def _append(
+        self, requests: list[Request], tokens: list[int], logprobs: list[float], entropies: list[float]
+    ) -> set[Request]:
+        """Gives each request its sampled token; returns those that end with it."""
+        finished: set[Request] = set()
+        for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
             token_ids = request.sequence.token_ids
             request.sequence.num_computed = len(token_ids)
             token_ids.append(token)
@@ -142,12 +200,12 @@ class LLM:
                 finished.add(request)
                 continue
             if request.params.stop:
-                decode, params = self.processor.decode, request.params
-                request.stopped_by = met_stop_string(decode, token_ids, request.start, params)
+                request.stopped_by = met_stop_string(self.processor.decode, token_ids, request.start, request.params)
             if request.stopped_by is not None or len(token_ids) >= request.limit:
                 finished.add(request)
-        batch.advance(sampled.tokens[: len(batch)])
-        self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
+        return finished
+
+    def _finish(self, finished: set[Request]) -> list[tuple[Sequence, CompletionOutput]]:
         if not finished:
             return []
         self.scheduler.remove(finished)
@@ -270,66 +328,6 @@ class LLM:
             prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def sleep(self, level: int = 1) -> None:
-        """Gives the KV cache's memory back. Open sequences keep their tokens and are computed again after `wake_up`."""
-        if level != 1:
-            raise ValueError(f"sleep level {level}: the engine knows level 1, which releases the KV cache")
-        if self.scheduler.has_work:
-            raise RuntimeError("sleep while sequences run; let them finish or abort them first")
-        for sequence in self.sequences.values():
-            sequence.drop_kv()
-        self.reset_prefix_cache()
-        self.kv.sleep()
-
-    def wake_up(self) -> None:
-        self.kv.wake()
-
-    def update_weights(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Copies new values into the weights in place: some or all, by Hugging Face's names, cast to their dtype.
-
-        Raises:
-            ValueError: a name or a shape that the model does not have; the tensors before it are copied already.
-            RuntimeError: sequences run.
-        """
-        if self.scheduler.has_work:
-            raise RuntimeError("new weights while sequences run; let them finish or abort them first")
-        try:
-            copy_weights(self.model, tensors)
-        finally:
-            self.weights_updated()
-
-    def weights_updated(self) -> None:
-        """To be called after the weights changed in place: all that was computed with the old ones is dropped."""
-        if self.scheduler.has_work:
-            raise RuntimeError("weights changed while sequences run; let them finish or abort them first")
-        self.weight_version += 1
-        fuse_projections(self.model)  # parameters may have been pointed at the trainer's storage
-        self.runner.vision.clear()
-        self.reset_prefix_cache()
-        for sequence in self.sequences.values():
-            sequence.drop_kv()
-
-    def reset_prefix_cache(self) -> None:
-        """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
-        self.pool.reset_cache()
-
-    def stats(self) -> dict[str, int]:
-        """Counters since the start, and what is held now."""
-        return {
-            "blocks_total": self.pool.num_blocks,
-            "blocks_used": self.pool.num_used,
-            "blocks_peak": self.pool.peak_used,
-            "blocks_copied": self.kv.blocks_copied,
-            "tokens_copied": self.kv.tokens_copied,
-            "block_bytes": self.kv.bytes_per_block,
-            "kv_bytes": self.kv.nbytes,
-            "images_encoded": self.runner.vision.encoded,
-            "preemptions": self.scheduler.preemptions,
-            "sequences_open": len(self.sequences),
-            "weight_version": self.weight_version,
-            **self._counts,
-        }
-
     # -- shared by the above and by Sequence --------------------------------------------
 
     def next_ordinal(self) -> int:
@@ -348,18 +346,21 @@ class LLM:
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
         return tokens
 
-    def check_length(self, length: int) -> None:
+    def check_length(self, length: int, images: Seq[ImageInput] = ()) -> None:
         limit = self.config.text.max_position_embeddings
         if length > limit:
+            of_images = sum(image.num_tokens for image in images)
             raise ValueError(
-                f"{length} tokens are more than the model's context of {limit}; shorten the prompt or observation"
+                f"{length} tokens{f', {of_images} of them of images,' if of_images else ''} are more than the model's "
+                f"context of {limit}; shorten the prompt or observation{' or take smaller images' if of_images else ''}"
             )
 
     def _submit(self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0) -> None:
         sequence.check_open()
         if sequence.running:
             raise RuntimeError("the sequence is running already")
-        self.kv.layer(0)  # raises while the engine is asleep
+        self.weights.check()
+        self.kv.check()
         seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)

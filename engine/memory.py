@@ -1,11 +1,12 @@
 """The KV cache: one tensor for all layers, given back by sleep and taken again by wake."""
 
 import math
-import mmap
+import resource
 
 import torch
 from torch import Tensor
 
+from engine.arena import available_bytes, make_arena, view
 from engine.block_pool import BlockCopy
 from engine.models.config import TextConfig
 from kernels import copy_blocks
@@ -27,18 +28,23 @@ class KVCache:
         self.tokens_copied = 0
         if self.num_blocks < 2:
             raise ValueError(
-                f"kv_cache_bytes is {num_bytes}; this model needs {self.bytes_per_block} bytes a block of {block_size} "
-                "tokens, and at least two blocks"
+                f"the KV cache is to have {num_bytes} bytes; this model needs {self.bytes_per_block} bytes a block of "
+                f"{block_size} tokens, and at least two blocks; raise kv_cache_bytes or kv_cache_fraction"
             )
+        self._arena = make_arena(self.num_blocks * self.bytes_per_block, device)
         self._data: Tensor | None = None
-        self._pages: mmap.mmap | None = None
         self.wake()
 
     @property
     def data(self) -> Tensor:
+        self.check()
+        assert self._data is not None
+        return self._data
+
+    def check(self) -> None:
+        """Raises RuntimeError while asleep."""
         if self._data is None:
             raise RuntimeError("the engine is asleep; call wake_up() first")
-        return self._data
 
     @property
     def nbytes(self) -> int:
@@ -50,25 +56,47 @@ class KVCache:
 
     def copy(self, copies: list[BlockCopy]) -> None:
         """Runs copy-on-write for all layers in one call; only valid tokens move."""
-        columns = zip(*((copy.src, copy.dst, copy.valid) for copy in copies), strict=True)
-        src, dst, valid = (torch.tensor(column, dtype=torch.int64, device=self._device) for column in columns)
+        columns = torch.tensor([(copy.src, copy.dst, copy.valid) for copy in copies], dtype=torch.int64).T.contiguous()
+        if self._device.type == "cuda":  # so that the host need not wait for a step that runs
+            columns = columns.pin_memory()
+        src, dst, valid = columns.to(self._device, non_blocking=True)
         copy_blocks(self.data, src, dst, valid)
         self.blocks_copied += len(copies)
         self.tokens_copied += sum(copy.valid for copy in copies)
 
     def sleep(self) -> None:
-        """Gives the memory back. On the CPU the addresses stay reserved, and the next `wake` uses them again."""
-        self._data = None
-        if self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
+        """Gives the memory back. The addresses stay reserved, and the next `wake` uses them again."""
+        if self._data is not None:
+            self._data = None
+            self._arena.release()
 
     def wake(self) -> None:
-        if self._data is not None:
-            return
-        shape = (self._layers, 2, self.num_blocks, *self._per_block)
-        if self._device.type != "cpu":
-            self._data = torch.empty(shape, dtype=self._dtype, device=self._device)
-            return
-        if self._pages is None:  # pages become real when they are first written
-            self._pages = mmap.mmap(-1, self.num_blocks * self.bytes_per_block)
-        self._data = torch.frombuffer(self._pages, dtype=self._dtype).view(shape)
+        if self._data is None:
+            self._arena.restore()
+            shape = (self._layers, 2, self.num_blocks, *self._per_block)
+            self._data = view(self._arena.bytes(), 0, shape, self._dtype)
+
+
+DEFAULT_BYTES = 1 << 29
+
+
+def check_kv_size(num_bytes: int | None, fraction: float | None) -> None:
+    """Raises ValueError for both a size and a fraction, and for a fraction outside (0, 1]."""
+    if num_bytes is not None and fraction is not None:
+        raise ValueError(f"kv_cache_bytes={num_bytes} and kv_cache_fraction={fraction}: give one of them")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"kv_cache_fraction={fraction} must be above 0 and at most 1")
+
+
+def kv_size(num_bytes: int | None, fraction: float | None, device: torch.device) -> int:
+    """Bytes of the KV cache: as given, or a part of what is free now, or half a gigabyte."""
+    if fraction is not None:
+        return int(available_bytes(device) * fraction)
+    return DEFAULT_BYTES if num_bytes is None else num_bytes
+
+
+def peak_bytes(device: torch.device, in_arenas: int) -> int:
+    """The most memory that was held: of the process on the CPU; on a GPU torch's peak and `in_arenas`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) + in_arenas
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -8,15 +8,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.attention import PagedAttention
+from engine.attention import Backend
+from engine.attention.ours import Ours
 from engine.batch import DecodeBatch
+from engine.graphs import DecodeGraphs
 from engine.images import ImageInput
 from engine.logits import details
-from engine.memory import KVCache
 from engine.models import Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
-from kernels import PagedPlan, can_run_layers, paged_plan, sample
+from kernels import linear_sample, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,27 @@ class Packed:
 
 
 class Runner:
-    def __init__(self, model: Qwen3VL, kv: KVCache, block_size: int, vision_cache_bytes: int, share_prefixes: bool):
+    def __init__(self, model: Qwen3VL, attention: Backend, block_size: int, vision_cache_bytes: int):
         self.model = model
-        self.kv = kv
-        self.share_prefixes = share_prefixes
+        self.attention = attention
         self.block_size = block_size
         self.device = next(model.parameters()).device
         self.vision = VisionCache(model, vision_cache_bytes)
+        self.graphs: DecodeGraphs | None = None
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
-        self._scale = model.config.text.head_dim**-0.5
-        self._whole_layers = can_run_layers(kv.layer(0)[0])
+
+    def use_graphs(self, max_rows: int, capture: bool) -> None:
+        """Decodes at fixed addresses, with `capture` as CUDA graphs; only our own attention can."""
+        if isinstance(self.attention, Ours):
+            kv = self.attention.kv
+            room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
+            self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
+
+    def weights_updated(self) -> None:
+        """Drops what was computed from the old weights."""
+        self.vision.clear()
+        if self.graphs is not None:
+            self.graphs.weights_updated()
 
     @torch.inference_mode()
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
@@ -65,21 +77,10 @@ class Runner:
         hidden = None
         if len(batch) or computed:
             packed = pack(batch, computed, self.block_size)
-            attention = PagedAttention(
-                self.kv,
-                self._tensor(packed.tables),
-                self._tensor(packed.cu_seqlens),
-                self._tensor(packed.context_lens),
-                self._tensor(packed.slots),
-                None if packed.writes is None else self._tensor(packed.writes),
-                self._scale,
-                self._plan(packed),
-                self._whole_layers,
-            )
             hidden = self.model(
                 self._tensor(packed.token_ids),
                 self._tensor(packed.position_ids),
-                attention,
+                self.attention.step(packed),
                 self._vision(computed, len(batch)),
             )
         rows, requests = self._last_rows(hidden, computed, len(batch))
@@ -90,11 +91,6 @@ class Runner:
                 rows.append(chunk.request.sequence.last_hidden[None])
                 requests.append(chunk.request)
         return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
-
-    def _plan(self, packed: Packed) -> PagedPlan:
-        """Made from what the host has, once for all layers."""
-        heads, cache = self.model.config.text.num_heads, self.kv.layer(0)[0]
-        return paged_plan(packed.tables, packed.cu_seqlens, packed.context_lens, heads, cache, self.share_prefixes)
 
     def _last_rows(self, hidden: Tensor | None, chunks: list[Chunk], row: int) -> tuple[list[Tensor], list[Request]]:
         """The hidden rows to sample from: all decoding rows, and the last row of each chunk that ends its sequence.
@@ -150,9 +146,14 @@ class Runner:
             temperature, top_p, min_p = (
                 np.append(column, more) for column, more in zip((temperature, top_p, min_p), floats.T, strict=True)
             )
-        logits = self.model.logits(hidden)
         shaped = [(row, batch.requests[row]) for row in batch.shaped]
         shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
+        if not (shaped or hidden.is_cuda or top_k.any() or min_p.any() or (top_p < 1).any()):
+            # On a CPU the same bits as below: what a row says does not depend on what others in the batch ask for.
+            rows = self._tensor(seeds), self._tensor(noise_positions), self._tensor(temperature)
+            drawn = linear_sample(hidden, self.model.head_weight, *rows, self._banned)
+            return Sampled(requests, drawn[0].numpy(), drawn[1].tolist(), drawn[2].tolist())
+        logits = self.model.logits(hidden)
         raw = {row: logits[row].clone() for row, _ in shaped}
         for row, request in shaped:
             assert request.shaper is not None
@@ -229,6 +230,10 @@ class VisionCache:
         self.encoded = 0
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
 
     def clear(self) -> None:
         self._entries.clear()

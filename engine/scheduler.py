@@ -117,6 +117,7 @@ class Scheduler:
                 self.waiting.remove(request)
             sequence = request.sequence
             sequence.request = None
+            sequence.trim()
             self.seal(sequence, sequence.num_computed // self.pool.block_size - 1)
             if sequence.block_table:
                 self.park(sequence)
@@ -175,10 +176,33 @@ class Scheduler:
             if self.running and missing + self._watermark > self.pool.num_free:
                 break  # those that run will finish and give blocks back
             self.waiting.popleft()
+            request.sequence.has_run = True
             self.running[request] = self.prefilling[request] = None
             budget -= self._add_chunk(request, budget, chunks)
         self._flush()
         return chunks
+
+    def reserve_ahead(self) -> bool:
+        """Moves every decoding row one token on, behind the one that is being computed, and gives it a block.
+
+        Returns False, having changed nothing, when another request's turn may come first, when all runs end with the
+        token that is being computed, or when blocks would have to be taken from others.
+        """
+        batch = self.decoding
+        if self.prefilling or (self.waiting and len(self.running) < self.max_num_seqs):
+            return False
+        if not len(batch) or (batch.position + 2 >= batch.limit).all():
+            return False
+        batch.position[:] += 1
+        rows = batch.rows_to_reserve()
+        if len(rows) > self.pool.num_free:
+            batch.position[:] -= 1
+            return False
+        for row in rows:
+            batch.requests[row].sequence.num_computed = int(batch.position[row])
+        self._reserve_decoding()
+        self._flush()
+        return True
 
     def _reserve_decoding(self) -> None:
         batch, preempted = self.decoding, self.preemptions

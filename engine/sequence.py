@@ -40,6 +40,7 @@ class Sequence:
         self.spans = spans
         self.num_computed = 0
         self.num_cached = 0
+        self.has_run = False  # something of it was computed: KV found again later is its own
         self.block_table: list[int] = []
         self.last_hidden: Tensor | None = None
         self.request: Request | None = None
@@ -79,7 +80,7 @@ class Sequence:
             raise RuntimeError("a running sequence cannot be extended; let its run end first")
         inputs = self._llm.image_inputs(images)
         tokens = self._llm.expand(token_ids, inputs)
-        self._llm.check_length(len(self) + len(tokens))
+        self._llm.check_length(len(self) + len(tokens), [*self.images, *inputs])
         if inputs:
             self.spans = self._llm.processor.spans(tokens, inputs, self.spans, len(self))
         self.token_ids.extend(tokens)
@@ -120,6 +121,7 @@ class Sequence:
             self._llm.pool.share(blocks)
             child.block_table = list(blocks)
             child.num_computed = computed
+            child.has_run = computed > 0
             child.last_hidden = self.last_hidden if at == len(self) else None
             child._hashes, child._hash_root = self._hashes[: at // size], self._hash_root
             if blocks:
@@ -145,6 +147,13 @@ class Sequence:
         self.block_table = []
         self.num_computed = 0
         self.last_hidden = None
+
+    def trim(self) -> None:
+        """Gives back a block that was reserved for a token which will not be computed."""
+        kept = -(-self.num_computed // self._llm.pool.block_size)
+        if len(self.block_table) > kept:
+            self._llm.pool.release(self.block_table[kept:])
+            del self.block_table[kept:]
 
     def close(self) -> None:
         """Gives the blocks back for good; aborts a run in flight. Closing twice is fine."""
@@ -194,4 +203,6 @@ class Sequence:
             if block is None:
                 break
             self.block_table.append(block)
-        self.num_computed = self.num_cached = len(self.block_table) * pool.block_size
+        self.num_computed = len(self.block_table) * pool.block_size
+        if not self.has_run:
+            self.num_cached = self.num_computed

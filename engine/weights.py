@@ -52,22 +52,41 @@ def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-    """Copies tensors by Hugging Face's names into `model`, in place. Raises ValueError for what does not fit it."""
+def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Copies tensors by Hugging Face's names into `model`, in place; returns the names of its parameters that it wrote.
+
+    Raises:
+        ValueError: a name or a shape that the model does not have.
+    """
     parameters = dict(model.named_parameters())
     pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
+    written = set()
     for name, tensor in pairs:
         parameter = parameters.get(canonical_name(name))
         if parameter is None or parameter.shape != tensor.shape:
             found = "is unknown" if parameter is None else f"must have shape {list(parameter.shape)}"
             raise ValueError(f"weights: {name}, of shape {list(tensor.shape)}, {found}")
         parameter.copy_(tensor)
+        written.add(canonical_name(name))
+    return written
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (parameter name of `Qwen3VL`, tensor) over all shards; each tensor is read once."""
-    for name, stored in stored_tensors(path):
-        yield name, stored[:]
+    """Yields (parameter name of `Qwen3VL`, tensor) over all shards; files are memory-mapped, each tensor read once.
+
+    Pages that were read count as this process's memory until their mapping ends, so each tensor has a mapping of its
+    own, which ends with it: loading takes the memory of the model and of the largest tensor, not of a second model.
+    """
+    for file in shards(path):
+        with _open(file) as reader:
+            names = list(reader.keys())
+        for name in names:
+            yield canonical_name(name), _read(file, name)
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with _open(file) as reader:
+        return reader.get_tensor(name)
 
 
 def stored_tensors(path: str | Path) -> Iterator[tuple[str, Any]]:

@@ -47,6 +47,7 @@ TRITON = find_spec("triton") is not None
 
 
 FP32 = (torch.float32,)
+FP32_BF16 = (torch.float32, torch.bfloat16)
 
 
 def choose(

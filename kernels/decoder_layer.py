@@ -2,13 +2,19 @@
 
 import torch
 
-from kernels._library import LOADED, MODE, use_cpp
+from kernels._library import FP32_BF16, LOADED, MODE, use_cpp
 
 
 def can_run_layers(k_cache: torch.Tensor) -> bool:
     """Whether `decoder_layer` serves this cache, [num_blocks, Hk, block_size, D]."""
     _, _, block_size, dim = k_cache.shape
-    return MODE in ("auto", "cpp") and use_cpp(k_cache) and dim % 8 == 0 and dim <= 256 and block_size % 8 == 0
+    return (
+        MODE in ("auto", "cpp")
+        and use_cpp(k_cache, dtypes=FP32_BF16)
+        and dim % 8 == 0
+        and dim <= 256
+        and block_size % 8 == 0
+    )
 
 
 def decoder_layer(
@@ -36,7 +42,8 @@ def decoder_layer(
     k norm [D], o [H, Hq D], post-attention norm [H], gate and up as one [2 I, H], down [H, I]. Caches, slots, tables
     and lengths as in `write_kv` and `paged_attention`; writes: the rows whose KV is stored, or None for all;
     share: whether sequences read common blocks together.
-    The result is bit for bit that of the single operators. fp32 on the CPU; there is no gradient.
+    All of one dtype but cos and sin, which are fp32: fp32 or bf16, on the CPU. The result is bit for bit that of the
+    single operators; there is no gradient.
     """
     return torch.ops.axpo.decoder_layer.default(
         x,

@@ -71,6 +71,15 @@ class Task(Protocol):
         """Question `index` of `split`; IndexError or ValueError when there is none."""
         ...
 
+    def content_hash(self, split: Split) -> str:
+        """SHA-256 of all that the questions of `split` are made of, images included, in their order."""
+        ...
+
+
+def fingerprint(task: Task) -> dict[str, Any]:
+    """Name, number and content of the questions that are trained on: a resume goes on only with the same."""
+    return {"task": task.name, "questions": task.size("train"), "sha256": task.content_hash("train")}
+
 
 def get_task(name: str, **options: Any) -> Task:
     """The task called `name`; `options` go to its constructor.

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from axpo.grading import Kind
+from axpo.resume import hash_files
 from axpo.tasks import SPLITS, Question, Split
-from axpo.tasks.scenes import scene
+from axpo.tasks.scenes import asset_files, scene
 
 _KEY = 20_260_528  # of this task's random streams
 
@@ -57,6 +58,11 @@ class MiniTask:
             answer=str(tile.digit),
             meta=meta,
         )
+
+    def content_hash(self, split: Split) -> str:
+        """Of the digits, the photographs and the parameters that the scenes are drawn from."""
+        parts = (self.name, split, str(_KEY), str(self.size(split)), str(self._small_share))
+        return hash_files(asset_files(), *parts)
 
 
 def ask(colour: str) -> str:

@@ -32,6 +32,10 @@ class RowsTask:
         """The graders of the rows that were checked."""
         return self._kinds
 
+    def content_hash(self, split: Split) -> str:
+        """Of every row and every image, in the order of the rows; where the files lie does not matter."""
+        return self._rows[split].content_hash()
+
     def question(self, split: Split, index: int) -> Question:
         """Question `index`; DataError when its row was not checked and is wrong."""
         if not 0 <= index < self.size(split):

@@ -114,6 +114,11 @@ def _draw(
     )
 
 
+def asset_files() -> list[Path]:
+    """The files that scenes are made of."""
+    return [ASSETS / "mini_digits.npz", *sorted((ASSETS / "photos").glob("*.jpg"))]
+
+
 @cache
 def photographs() -> list[np.ndarray]:
     """The embedded photographs, each [256,416,3] fp32 in 0..255, in the order of their names."""

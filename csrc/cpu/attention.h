@@ -13,7 +13,7 @@
 #include <memory>
 #include <new>
 
-#include "common.h"
+#include "lanes.h"
 
 namespace axpo {
 
@@ -39,56 +39,32 @@ static AXPO_INLINE void fma16(f32x8 (&acc)[MR][2], const float* a, const float* 
   }
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define AXPO_SHUFFLE 1
-#endif
-#endif
-
-// Columns of eight rows, `stride` floats apart: columns[k][j] = rows[j * stride + k] for k < 4. Half rows are joined
-// while they are loaded, which leaves only shuffles within 128 bits.
+// Columns of eight rows, `stride` floats apart: columns[k][j] = rows[j * stride + k] for k < 4.
 static AXPO_INLINE void load_columns4(const float* rows, int64_t stride, f32x8 (&columns)[4]) {
-#ifdef AXPO_SHUFFLE
-  const float* upper = rows + 4 * stride;
-  f32x8 r[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const f32x4_unaligned low = *reinterpret_cast<const f32x4_unaligned*>(rows + j * stride);
-    const f32x4_unaligned high = *reinterpret_cast<const f32x4_unaligned*>(upper + j * stride);
-    r[j] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-  }
-  const f32x8 a = __builtin_shufflevector(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13);
-  const f32x8 b = __builtin_shufflevector(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
-  const f32x8 c = __builtin_shufflevector(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13);
-  const f32x8 d = __builtin_shufflevector(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
-  columns[0] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-  columns[1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-  columns[2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
-  columns[3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
-#else
-  for (int k = 0; k < 4; ++k) {
-    for (int j = 0; j < 8; ++j) columns[k][j] = rows[j * stride + k];
-  }
-#endif
+  transpose4<8>(reinterpret_cast<const char*>(rows), nullptr, stride * static_cast<int64_t>(sizeof(float)), columns);
 }
 
 // 2^x for x <= 0 (relative error about 1e-7); exactly 0 below -126, so -inf gives 0.
-static AXPO_INLINE f32x8 exp2_8(f32x8 x) {
-  const f32x8 low = splat8(-126.0f), magic = splat8(12582912.0f);
-  const f32x8 c = x < low ? low : x;
-  const f32x8 shifted = c + magic;
-  const f32x8 r = c - (shifted - magic);
-  f32x8 p = splat8(1.5353362e-4f);
-  p = p * r + splat8(1.3398874e-3f);
-  p = p * r + splat8(9.6184373e-3f);
-  p = p * r + splat8(5.5503324e-2f);
-  p = p * r + splat8(2.4022648e-1f);
-  p = p * r + splat8(6.9314720e-1f);
-  p = p * r + splat8(1.0f);
-  const i32x8 n = reinterpret_cast<i32x8>(shifted) - reinterpret_cast<i32x8>(magic);
-  const f32x8 y = reinterpret_cast<f32x8>(reinterpret_cast<i32x8>(p) + (n << 23));
-  return x < low ? splat8(0.0f) : y;
+template <int kLanes>
+AXPO_INLINE typename Lanes<kLanes>::V exp2_lanes(typename Lanes<kLanes>::V x) {
+  using V = typename Lanes<kLanes>::V;
+  using I = typename Lanes<kLanes>::I;
+  const V low = -126.0f - V{}, magic = 12582912.0f - V{};
+  const V c = x < low ? low : x;
+  const V shifted = c + magic;
+  const V r = c - (shifted - magic);
+  V p = 1.5353362e-4f - V{};
+  p = p * r + 1.3398874e-3f;
+  p = p * r + 9.6184373e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314720e-1f;
+  p = p * r + 1.0f;
+  const I n = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(magic);
+  const V y = reinterpret_cast<V>(reinterpret_cast<I>(p) + (n << 23));
+  return x < low ? V{} : y;
 }
+static AXPO_INLINE f32x8 exp2_8(f32x8 x) { return exp2_lanes<8>(x); }
 
 // Uninitialised floats on a cache line boundary, freed with the owner.
 struct Free {

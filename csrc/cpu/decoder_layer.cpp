@@ -5,10 +5,11 @@
 // a model or a batch is small. (On a GPU a captured graph does the same.)
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <tuple>
+
+#include "linear.h"
 
 namespace {
 
@@ -68,7 +69,7 @@ tuple<Tensor, Tensor> decoder_layer(const Tensor& x_in, const Tensor& residual_i
   const int64_t q_heads = qkv_weight.size(0) / dim - 2 * kv_heads;
 
   auto [x, residual] = add_rmsnorm(x_in, residual_in, weights[0], eps);
-  const auto qkv = at::linear(x, qkv_weight, qkv_bias).view({tokens, -1, dim});
+  const auto qkv = axpo::linear(x, qkv_weight, qkv_bias, false).view({tokens, -1, dim});
   const Tensor q_raw = qkv.narrow(1, 0, q_heads), k_raw = qkv.narrow(1, q_heads, kv_heads);
   const Tensor v = qkv.narrow(1, q_heads + kv_heads, kv_heads);
   const auto [q, k] = rotary(rmsnorm(q_raw, weights[2], eps), rmsnorm(k_raw, weights[3], eps), cos, sin);
@@ -78,10 +79,12 @@ tuple<Tensor, Tensor> decoder_layer(const Tensor& x_in, const Tensor& residual_i
     write_kv(k, v, k_cache, v_cache, slots);
   }
   const Tensor attended = paged_attention(q, k_cache, v_cache, tables, cu_seqlens_q, context_lens, scale, share);
-  auto [y, sum] = add_rmsnorm(at::linear(attended.view({tokens, -1}), weights[4], o_bias), residual, weights[5], eps);
-  const Tensor gate_up = at::linear(y, gate_up_weight);
+  const Tensor mixed = axpo::linear(attended.view({tokens, -1}), weights[4], o_bias, false);
+  auto [y, sum] = add_rmsnorm(mixed, residual, weights[5], eps);
+  const Tensor gate_up = axpo::linear(y, gate_up_weight, std::nullopt, false);
   const int64_t half = gate_up_weight.size(0) / 2;
-  return {at::linear(swiglu(gate_up.narrow(1, 0, half), gate_up.narrow(1, half, half)), weights[7]), sum};
+  const Tensor gated = swiglu(gate_up.narrow(1, 0, half), gate_up.narrow(1, half, half));
+  return {axpo::linear(gated, weights[7], std::nullopt, false), sum};
 }
 
 }  // namespace

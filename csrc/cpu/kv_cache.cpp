@@ -8,7 +8,8 @@
 
 namespace {
 
-// k, v: [T, Hk, D]; caches: [num_blocks, Hk, block_size, D], contiguous, of the same dtype; slot_mapping: [T] int64.
+// k, v: [T, Hk, D]; caches: [num_blocks, Hk, block_size, D], contiguous, of the same dtype; slot_mapping: [T] int64,
+// -1 for a token that is left out.
 void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at::Tensor& v_cache,
               const at::Tensor& slot_mapping) {
   TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "write_kv: k_cache and v_cache must be contiguous");
@@ -18,7 +19,7 @@ void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at:
   const at::Tensor kc = k.contiguous(), vc = v.contiguous(), slots = slot_mapping.contiguous();
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < tokens; ++t) {
-    TORCH_CHECK_INDEX(slot[t] >= 0 && slot[t] < slots_total, "write_kv: slot_mapping[", t, "] = ", slot[t],
+    TORCH_CHECK_INDEX(slot[t] >= -1 && slot[t] < slots_total, "write_kv: slot_mapping[", t, "] = ", slot[t],
                       " is outside the cache of ", slots_total, " slots");
   }
   TORCH_CHECK_VALUE(k.scalar_type() == k_cache.scalar_type() && v.scalar_type() == v_cache.scalar_type(),
@@ -30,6 +31,7 @@ void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at:
   const int64_t bytes = dim * k.element_size();
   at::parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
+      if (slot[t] < 0) continue;
       const int64_t block = slot[t] / block_size, offset = slot[t] % block_size;
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t to = ((block * heads + h) * block_size + offset) * bytes, from = (t * heads + h) * bytes;

@@ -27,7 +27,6 @@ using namespace axpo;
 using at::Tensor;
 
 constexpr int64_t kRows = 64;       // of a product of logits or of hidden's gradient
-constexpr int64_t kColumns = 1024;  // of a product of logits
 // Rows and columns whose logits' gradient is held at a time by the backward: at most 64 MiB.
 constexpr int64_t kHeldRows = 2048, kHeldColumns = 8192;
 constexpr int64_t kWeightRows = 512, kHiddenColumns = 512;  // of a product of weight's gradient; of hidden's
@@ -69,22 +68,8 @@ Tensor rows_of(const Tensor& x, int64_t begin, int64_t end, int64_t rows) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-AXPO_CLONES void reduce_row(float* logits, int64_t n, float temperature, double* state) {
-  bool invalid;
-  const float max = scale_row(logits, logits, n, temperature, &invalid);
-  softmax_sums(logits, n, max, state + 1, state + 2);
-  state[0] = max;
-  if (invalid) state[1] = std::numeric_limits<double>::quiet_NaN();  // reaches both results, so it cannot go unseen
-}
-
-// Moves both sums to the new maximum; the centred one also shifts by sum * (old - new).
-void merge(double* s, const double* other) {
-  const double max = std::max(s[0], other[0]), shift = s[0] - max, other_shift = other[0] - max;
-  const double a = s[1] == 0 ? 0 : std::exp(shift), b = other[1] == 0 ? 0 : std::exp(other_shift);
-  s[2] = (a == 0 ? 0 : a * (s[2] + s[1] * shift)) + (b == 0 ? 0 : b * (other[2] + other[1] * other_shift));
-  s[1] = a * s[1] + b * other[1];
-  s[0] = max;
-  s[3] = std::max(s[3], other[3]);
+AXPO_CLONES void reduce_row(float* logits, int64_t n, float temperature, RowSums* sums) {
+  *sums = reduce_chunk(logits, logits, n, temperature);
 }
 
 // The state [N, 4] fp64 of weight's rows, which are tokens vocab_start, vocab_start + 1, …
@@ -107,7 +92,9 @@ Tensor linear_logprob_state(const Tensor& hidden, const Tensor& weight, const Te
       at::mm_out(z, rows_of(hidden, row, end, kRows), w);
       for (int64_t r = row; r < end; ++r) {
         float* line = logits + (r - row) * c;
-        reduce_row(line, c, t[r], states + r * 4);
+        RowSums sums;
+        reduce_row(line, c, t[r], &sums);
+        states[r * 4] = sums.max, states[r * 4 + 1] = sums.sum, states[r * 4 + 2] = sums.centred;
         const int64_t y = label[r] - vocab_start - first;
         states[r * 4 + 3] = y >= 0 && y < c ? line[y] : -std::numeric_limits<double>::infinity();
       }
@@ -117,9 +104,14 @@ Tensor linear_logprob_state(const Tensor& hidden, const Tensor& weight, const Te
   double* to = state.mutable_data_ptr<double>();
   at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      double s[4] = {-kInfinity, 0, 0, -kInfinity};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) merge(s, from + (chunk * n + r) * 4);
-      std::copy(s, s + 4, to + r * 4);
+      RowSums sums;
+      double label = -kInfinity;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const double* s = from + (chunk * n + r) * 4;
+        merge_sums(sums, RowSums{s[0], s[1], s[2]});
+        label = std::max(label, s[3]);
+      }
+      to[r * 4] = sums.max, to[r * 4 + 1] = sums.sum, to[r * 4 + 2] = sums.centred, to[r * 4 + 3] = label;
     }
   });
   return state;

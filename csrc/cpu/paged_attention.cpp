@@ -163,7 +163,7 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       const Member& member = tile.members[m];
       for (int64_t i = 0; i < member.tokens * c.group; ++i, ++r) {
         const int64_t seen = std::clamp<int64_t>(member.position + i / c.group + 1 - start, 0, kSplit);
-        softmax_row(scores + r * kScores, seen, width, part_peak + r, part_sum + r);
+        softmax_row<kLanes>(scores + r * kScores, seen, width, part_peak + r, part_sum + r);
       }
     }
 
@@ -177,7 +177,7 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       if constexpr (!std::is_same_v<T, float>) {
         if (run.rows > kFew) {  // read by several blocks of rows: widened once
           int64_t at[kGroup / 8];
-          widen_values(c.v, run, c.dim, panel, at);
+          widen_values<kLanes>(c.v, run, c.dim, panel, at);
           const WeightedValues<kLanes, float> product{weights, panel, at, run.count, c.dim, to};
           for_row_blocks<kRows<kLanes>>(run.rows, product, Spread<T>{fetch});
           continue;

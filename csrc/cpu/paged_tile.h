@@ -1,9 +1,8 @@
 // The pieces of paged attention that work on one tile: what it is made of, products, softmax. See paged_attention.cpp.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include "attention.h"
+#include "lanes.h"
 
 namespace {
 
@@ -53,45 +52,6 @@ int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group)
 int64_t scratch_size(int64_t group, int64_t dim) {
   const int64_t rows = (max_rows(group) + 7) / 8 * 8;
   return rows * (strips(dim) * kStrip + kScores + 2 * dim + 6) + strips(dim) * kStrip * kGroup;
-}
-
-// Vectors of kLanes floats. Lanes are different keys or different columns of the output, never parts of one sum, so
-// their number does not change a result.
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef float f32x16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint16_t u16x16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
-
-template <int kLanes>
-struct Lanes;
-
-template <>
-struct Lanes<8> {
-  using V = f32x8;
-  static AXPO_INLINE V load(const float* p) { return load8(p); }
-  static AXPO_INLINE V load(const c10::BFloat16* p) {
-    const u16x8_unaligned bits = *reinterpret_cast<const u16x8_unaligned*>(p);
-    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x8) << 16);
-  }
-  static AXPO_INLINE void store(float* p, V v) { store8(p, v); }
-};
-
-template <>
-struct Lanes<16> {
-  using V = f32x16;
-  static AXPO_INLINE V load(const float* p) { return *reinterpret_cast<const f32x16_unaligned*>(p); }
-  static AXPO_INLINE V load(const c10::BFloat16* p) {
-    const u16x16_unaligned bits = *reinterpret_cast<const u16x16_unaligned*>(p);
-    return reinterpret_cast<V>(__builtin_convertvector(bits, u32x16) << 16);
-  }
-  static AXPO_INLINE void store(float* p, V v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
-};
-
-AXPO_INLINE void store_row8(float* p, f32x8 v) { store8(p, v); }
-AXPO_INLINE void store_row8(c10::BFloat16* p, f32x8 v) {  // rounds to nearest, ties to even
-  for (int i = 0; i < 8; ++i) p[i] = c10::BFloat16(v[i]);
 }
 
 // An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` elements apart in one
@@ -163,25 +123,33 @@ AXPO_INLINE void score_few(const float* rows, int64_t row_total, const T* keys, 
 // 2 kLanes keys transposed into [strips * 16][2 kLanes], for products with many rows.
 template <int kLanes, class T>
 AXPO_INLINE void pack_keys(const T* keys, const int64_t* at, int64_t dim, float* out) {
-  constexpr int kPanel = 2 * kLanes;
-  for (int o = 0; o < kPanel / 8; ++o) {
-    for (int64_t d = 0; d < dim; d += Octet<T>::kColumns) {
-      Octet<T> octet;
-      octet.load(keys + at[o] + d, dim);
-#pragma GCC unroll 8
-      for (int k = 0; k < Octet<T>::kColumns; ++k) store8(out + (d + k) * kPanel + 8 * o, octet.column(k));
+  constexpr int64_t kPanel = 2 * kLanes, kOctets = kLanes / 8, kUnits = 4 * sizeof(float) / sizeof(T);
+  for (int64_t half = 0; half < 2; ++half, at += kOctets) {
+    float* to = out + half * kLanes;
+    for (int64_t d = 0; d < dim; d += kUnits) {
+      typename Lanes<kLanes>::V columns[4];
+      const auto* low = reinterpret_cast<const char*>(keys + at[0] + d);
+      const auto* high = reinterpret_cast<const char*>(keys + at[kOctets - 1] + d);
+      transpose4<kLanes>(low, high, dim * static_cast<int64_t>(sizeof(T)), columns);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        store_column<kLanes>(to + d * kPanel, kPanel, i, columns[i], static_cast<const T*>(nullptr));
+      }
     }
-    for (int64_t d = dim; d < strips(dim) * kStrip; ++d) store8(out + d * kPanel + 8 * o, splat8(0.0f));
+    for (int64_t d = dim; d < strips(dim) * kStrip; ++d) Lanes<kLanes>::store(to + d * kPanel, typename Lanes<kLanes>::V{});
   }
 }
 
 // The values of a run as floats, [count][dim], and where its octets begin there.
-AXPO_INLINE void widen_values(const c10::BFloat16* values, const Run& run, int64_t dim, float* out, int64_t* at) {
+template <int kLanes>
+AXPO_INLINE void widen_values(const bf16* values, const Run& run, int64_t dim, float* out, int64_t* at) {
   for (int64_t o = 0; 8 * o < run.count; ++o) {
-    const c10::BFloat16* octet = values + run.at[o];
+    const bf16* octet = values + run.at[o];
     const int64_t count = std::min<int64_t>(8, run.count - 8 * o) * dim;
     at[o] = 8 * o * dim;
-    for (int64_t i = 0; i < count; i += 8) store8(out + at[o] + i, Lanes<8>::load(octet + i));
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) Lanes<kLanes>::store(out + at[o] + i, Lanes<kLanes>::load(octet + i));
+    for (; i < count; i += 8) store8(out + at[o] + i, Lanes<8>::load(octet + i));
   }
 }
 
@@ -322,10 +290,25 @@ struct WeightedValues {
 };
 
 // Scores to weights: row[0 .. seen) becomes 2^(score - maximum), row[seen .. width) zeros; width is a multiple of 8.
+// The sum runs over eight lanes at any vector width.
+template <int kLanes>
 AXPO_INLINE void softmax_row(float* row, int64_t seen, int64_t width, float* peak, float* sum) {
-  const int64_t full = seen / 8 * 8;
+  using L = Lanes<kLanes>;
+  const int64_t full = seen / 8 * 8, wide = full / kLanes * kLanes;
+  typename L::V tops = kNegInf - typename L::V{};
+  for (int64_t j = 0; j < wide; j += kLanes) {
+    const typename L::V v = L::load(row + j);
+    tops = tops > v ? tops : v;
+  }
   f32x8 m = splat8(kNegInf);
-  for (int64_t j = 0; j < full; j += 8) m = max8(m, load8(row + j));
+  if constexpr (kLanes == 16) {
+    float both[16];
+    L::store(both, tops);
+    m = max8(load8(both), load8(both + 8));
+    if (wide < full) m = max8(m, load8(row + wide));
+  } else {
+    m = tops;
+  }
   if (full < seen) {
     const i32x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
     const f32x8 masked = lane < static_cast<int32_t>(seen - full) ? load8(row + full) : splat8(kNegInf);
@@ -333,9 +316,13 @@ AXPO_INLINE void softmax_row(float* row, int64_t seen, int64_t width, float* pea
     m = max8(m, masked);
   }
   *peak = hmax8(m);
-  const f32x8 base = splat8(*peak);
   f32x8 total = splat8(0.0f);
   int64_t j = 0;
+  for (const typename L::V base = *peak - typename L::V{}; j < wide; j += kLanes) {
+    L::store(row + j, exp2_lanes<kLanes>(L::load(row + j) - base));
+    for (int64_t i = 0; i < kLanes; i += 8) total += load8(row + j + i);
+  }
+  const f32x8 base = splat8(*peak);
   for (; j < seen; j += 8) {
     const f32x8 w = exp2_8(load8(row + j) - base);
     store8(row + j, w);

@@ -71,13 +71,19 @@ void check_weight(const char* op, const Tensor& x, const Tensor& weight) {
 Tensor rmsnorm(const Tensor& x, const Tensor& weight, double eps) {
   check_weight("rmsnorm", x, weight);
   Tensor y = at::empty(x.sizes(), x.options());
-  const int64_t n = x.size(-1);
-  const Rows in = rows_of(x);
-  const Tensor wc = weight.contiguous();
-  const float* w = wc.const_data_ptr<float>();
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, in.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) forward_row(in[r], w, out + r * n, n, eps);
+  const Tensor wc = weight.to(at::kFloat).contiguous();
+  by_dtype(x, [&]<class T>(T) {
+    const int64_t n = x.size(-1);
+    const Rows<T> in = rows_of<T>(x);
+    const float* w = wc.const_data_ptr<float>();
+    T* out = y.mutable_data_ptr<T>();
+    at::parallel_for(0, in.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
+      FloatRow from, to;
+      for (int64_t r = begin; r < end; ++r) {
+        forward_row(from.read(in[r], n), w, to.begin(out + r * n, n), n, eps);
+        to.finish(out + r * n, n);
+      }
+    });
   });
   return y;
 }
@@ -87,16 +93,23 @@ tuple<Tensor, Tensor> add_rmsnorm(const Tensor& x, const Tensor& residual, const
   TORCH_CHECK_VALUE(x.sizes() == residual.sizes(), "add_rmsnorm: residual has shape ", residual.sizes(),
                     ", but x has ", x.sizes(), ": they must agree");
   Tensor y = at::empty(x.sizes(), x.options()), sum = at::empty(x.sizes(), x.options());
-  const int64_t n = x.size(-1);
-  const Rows a = rows_of(x), b = rows_of(residual);
-  const Tensor wc = weight.contiguous();
-  const float* w = wc.const_data_ptr<float>();
-  float *out = y.mutable_data_ptr<float>(), *total = sum.mutable_data_ptr<float>();
-  at::parallel_for(0, a.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      add_row(a[r], b[r], total + r * n, n);
-      forward_row(total + r * n, w, out + r * n, n, eps);
-    }
+  const Tensor wc = weight.to(at::kFloat).contiguous();
+  by_dtype(x, [&]<class T>(T) {
+    const int64_t n = x.size(-1);
+    const Rows<T> a = rows_of<T>(x), b = rows_of<T>(residual);
+    const float* w = wc.const_data_ptr<float>();
+    T *out = y.mutable_data_ptr<T>(), *total = sum.mutable_data_ptr<T>();
+    at::parallel_for(0, a.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
+      FloatRow left, right, added, to;
+      for (int64_t r = begin; r < end; ++r) {
+        T* row = total + r * n;
+        add_row(left.read(a[r], n), right.read(b[r], n), added.begin(row, n), n);
+        added.finish(row, n);
+        // The norm sees the sum as it is passed on.
+        forward_row(added.read(row, n), w, to.begin(out + r * n, n), n, eps);
+        to.finish(out + r * n, n);
+      }
+    });
   });
   return {y, sum};
 }
@@ -104,26 +117,33 @@ tuple<Tensor, Tensor> add_rmsnorm(const Tensor& x, const Tensor& residual, const
 // Gradients of x (plus grad_sum, when the normalised value is also passed on as the residual) and of weight.
 tuple<Tensor, Tensor> rmsnorm_backward(const Tensor& grad, const optional<Tensor>& grad_sum, const Tensor& x,
                                        const Tensor& weight, double eps) {
-  Tensor dx = at::empty(x.sizes(), x.options()), dw = at::zeros_like(weight, at::MemoryFormat::Contiguous);
-  const int64_t n = x.size(-1);
-  const Rows in = rows_of(x), dy = rows_of(grad), ds = rows_of(grad_sum ? *grad_sum : grad);
-  const Tensor wc = weight.contiguous();
-  const float* w = wc.const_data_ptr<float>();
-  const int64_t parts = (in.rows + kPartition - 1) / kPartition;
-  if (parts == 0) return {dx, dw};
-  Tensor partial = at::empty({parts, n}, x.options());
-  float *out = dx.mutable_data_ptr<float>(), *part = partial.mutable_data_ptr<float>();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      std::memset(part + p * n, 0, n * sizeof(float));
-      for (int64_t r = p * kPartition; r < std::min(in.rows, (p + 1) * kPartition); ++r) {
-        backward_row(dy[r], grad_sum ? ds[r] : nullptr, in[r], w, out + r * n, part + p * n, n, eps);
+  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dw = at::zeros_like(weight, weight.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
+  const Tensor wc = weight.to(at::kFloat).contiguous();
+  by_dtype(x, [&]<class T>(T) {
+    const int64_t n = x.size(-1);
+    const Rows<T> in = rows_of<T>(x), dy = rows_of<T>(grad), ds = rows_of<T>(grad_sum ? *grad_sum : grad);
+    const float* w = wc.const_data_ptr<float>();
+    const int64_t parts = (in.rows + kPartition - 1) / kPartition;
+    if (parts == 0) return;
+    Tensor partial = at::empty({parts, n}, dw.options());
+    T* out = dx.mutable_data_ptr<T>();
+    float* part = partial.mutable_data_ptr<float>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      FloatRow a, b, c, to;
+      for (int64_t p = begin; p < end; ++p) {
+        std::memset(part + p * n, 0, n * sizeof(float));
+        for (int64_t r = p * kPartition; r < std::min(in.rows, (p + 1) * kPartition); ++r) {
+          const float* dsum = grad_sum ? b.read(ds[r], n) : nullptr;
+          backward_row(a.read(dy[r], n), dsum, c.read(in[r], n), w, to.begin(out + r * n, n), part + p * n, n, eps);
+          to.finish(out + r * n, n);
+        }
       }
-    }
+    });
+    float* total = dw.mutable_data_ptr<float>();
+    for (int64_t p = 0; p < parts; ++p) add_row(total, part + p * n, total, n);
   });
-  float* total = dw.mutable_data_ptr<float>();
-  for (int64_t p = 0; p < parts; ++p) add_row(total, part + p * n, total, n);
-  return {dx, dw};
+  return {dx, dw.to(weight.scalar_type())};
 }
 
 // --- autograd --------------------------------------------------------------------------------------------------------

@@ -44,17 +44,23 @@ tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos
   Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
   const int64_t tokens = q.size(0), q_heads = q.size(1), k_heads = k.size(1), dim = q.size(2), half = dim / 2;
   if (tokens == 0 || dim == 0) return {q_out, k_out};
-  const Rows q_in = rows_of(q), k_in = rows_of(k);
   const Tensor cos_dense = cos.contiguous(), sin_dense = sin.contiguous();
   const float *c = cos_dense.const_data_ptr<float>(), *s = sin_dense.const_data_ptr<float>();
-  float *q_to = q_out.mutable_data_ptr<float>(), *k_to = k_out.mutable_data_ptr<float>();
   const auto rotate = inverse ? rotate_row_back : rotate_row;
-  at::parallel_for(0, tokens, grain_rows((q_heads + k_heads) * dim), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float *ct = c + t * half, *st = s + t * half;
-      for (int64_t r = t * q_heads; r < (t + 1) * q_heads; ++r) rotate(q_in[r], ct, st, q_to + r * dim, half);
-      for (int64_t r = t * k_heads; r < (t + 1) * k_heads; ++r) rotate(k_in[r], ct, st, k_to + r * dim, half);
-    }
+  by_dtype(q, [&]<class T>(T) {
+    const Rows<T> q_in = rows_of<T>(q), k_in = rows_of<T>(k);
+    T *q_to = q_out.mutable_data_ptr<T>(), *k_to = k_out.mutable_data_ptr<T>();
+    at::parallel_for(0, tokens, grain_rows((q_heads + k_heads) * dim), [&](int64_t begin, int64_t end) {
+      FloatRow from, to;
+      const auto head = [&](const T* x, T* y, int64_t t) {
+        rotate(from.read(x, dim), c + t * half, s + t * half, to.begin(y, dim), half);
+        to.finish(y, dim);
+      };
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t r = t * q_heads; r < (t + 1) * q_heads; ++r) head(q_in[r], q_to + r * dim, t);
+        for (int64_t r = t * k_heads; r < (t + 1) * k_heads; ++r) head(k_in[r], k_to + r * dim, t);
+      }
+    });
   });
   return {q_out, k_out};
 }

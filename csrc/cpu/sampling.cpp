@@ -10,114 +10,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "gumbel.h"
 #include "rows.h"
 
 namespace {
 using namespace axpo;
 using at::Tensor;
 
-constexpr int64_t kBlock = 64;         // tokens whose noise is made together: 16 Philox calls
-constexpr float kLargestNoise = 23.0f;  // the noise is at most -log(2^-33) = 22.9
-
 struct Params {
   uint64_t seed, position;
   float temperature, top_p, min_p;
   int64_t top_k;
 };
-
-// --- noise -----------------------------------------------------------------------------------------------------------
-
-// Philox4x32-10 (Salmon et al., SC'11), counter = (block, 0, position low, position high), key = seed.
-// A loop over independent counters, which the compiler turns into one vector lane each.
-static AXPO_INLINE void philox16(uint32_t block, uint64_t position, uint64_t seed, uint32_t* __restrict out) {
-  for (int lane = 0; lane < 16; ++lane) {
-    uint32_t a = block + lane, b = 0, c = (uint32_t)position, d = (uint32_t)(position >> 32);
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t x = (uint64_t)0xD2511F53u * a, y = (uint64_t)0xCD9E8D57u * c;
-      a = (uint32_t)(y >> 32) ^ b ^ key0, b = (uint32_t)y;
-      c = (uint32_t)(x >> 32) ^ d ^ key1, d = (uint32_t)x;
-      key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-    }
-    out[4 * lane] = a, out[4 * lane + 1] = b, out[4 * lane + 2] = c, out[4 * lane + 3] = d;
-  }
-}
-
-// log(1 + f) for |f| <= 0.42 by 2 atanh(f / (2 + f)), relative error below 3e-7 also where f is tiny.
-static AXPO_INLINE f32x8 log_near_one(f32x8 f) {
-  const f32x8 s = f / (f + splat8(2.0f)), z = s * s;
-  f32x8 p = splat8(0.22222222f);
-  p = p * z + splat8(0.28571429f);
-  p = p * z + splat8(0.40000001f);
-  p = p * z + splat8(0.66666669f);
-  p = p * z + splat8(2.0f);
-  return s * p;
-}
-
-// x = 2^k m with m in [sqrt(1/2), sqrt(2)).
-static AXPO_INLINE void split8(f32x8 x, f32x8* k, f32x8* m) {
-  const i32x8 bits = reinterpret_cast<i32x8>(x), e = (bits - 0x3f3504f3) >> 23;
-  *k = __builtin_convertvector(e, f32x8);
-  *m = reinterpret_cast<f32x8>(bits - (e << 23));
-}
-
-// One Gumbel variable a word: -log(-log(1 - v)), v = (w + 1/2) 2^-32 rounded to fp32 and kept below 1.
-static AXPO_INLINE f32x8 gumbel8(const uint32_t* words) {
-  i32x8 w;
-  std::memcpy(&w, words, sizeof w);
-  const f32x8 high = __builtin_convertvector((w >> 16) & 0xffff, f32x8), low = __builtin_convertvector(w & 0xffff, f32x8);
-  f32x8 v = ((high * splat8(65536.0f) + low) + splat8(0.5f)) * splat8(2.3283064e-10f);
-  v = v < splat8(0.99999994f) ? v : splat8(0.99999994f);
-  const f32x8 ln2 = splat8(0.69314718f), zero = splat8(0.0f), one = splat8(1.0f);
-  f32x8 k, m;
-  split8(one - v, &k, &m);
-  const f32x8 f = k == zero ? -v : m - one;  // 1 - v has lost the digits of a small v
-  const f32x8 exponential = -(k * ln2 + log_near_one(f));
-  split8(exponential, &k, &m);
-  return -(k * ln2 + log_near_one(m - one));
-}
-
-// Index of the largest z + noise, the lowest on ties, -1 when all z are -inf. z is padded with -inf to whole blocks.
-// A block that cannot win even with the largest noise gets none; the one with the largest z goes first.
-AXPO_CLONES int64_t gumbel_argmax(const float* z, int64_t n, uint64_t seed, uint64_t position) {
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  int64_t start = 0, winner = -1;
-  float top = -kInfinity, best = -kInfinity;
-  const auto block_max = [z](int64_t b) __attribute__((always_inline)) {
-    f32x8 m = load8(z + b * kBlock);
-    for (int64_t i = 8; i < kBlock; i += 8) m = max8(m, load8(z + b * kBlock + i));
-    return hmax8(m);
-  };
-  for (int64_t b = 0; b < blocks; ++b) {
-    const float m = block_max(b);
-    if (m > top) top = m, start = b;
-  }
-  if (top == -kInfinity) return -1;
-  alignas(32) uint32_t words[kBlock];
-  alignas(32) float noisy[kBlock];
-  for (int64_t step = 0; step <= blocks; ++step) {
-    const int64_t b = step == 0 ? start : step - 1;
-    if (step > 0 && (b == start || block_max(b) + kLargestNoise < best)) continue;
-    philox16((uint32_t)(b * (kBlock / 4)), position, seed, words);
-    f32x8 m = splat8(-kInfinity);
-    for (int64_t i = 0; i < kBlock; i += 8) {
-      const f32x8 v = load8(z + b * kBlock + i) + gumbel8(words + i);
-      store8(noisy + i, v);
-      m = max8(m, v);
-    }
-    const float block_best = hmax8(m);
-    if (block_best < best || block_best == -kInfinity || (block_best == best && b * kBlock > winner)) continue;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      if (noisy[i] == block_best) {
-        winner = b * kBlock + i;
-        break;
-      }
-    }
-    best = block_best;
-  }
-  return winner;
-}
 
 // --- truncation ------------------------------------------------------------------------------------------------------
 
@@ -209,11 +113,22 @@ struct Scratch {
   std::vector<uint64_t> keys, weight;
 };
 
-AXPO_CLONES float row_statistics(const float* logits, float* z, int64_t n, float temperature, bool* invalid,
-                                 double* sum, double* centred) {
-  const float max = scale_row(logits, z, n, temperature, invalid);
-  softmax_sums(z, n, max, sum, centred);
-  return max;
+AXPO_CLONES void chunk_statistics(const float* logits, float* z, int64_t n, float temperature, RowSums* sums) {
+  *sums = reduce_chunk(logits, z, n, temperature);
+}
+
+RowSums row_statistics(const float* logits, float* z, int64_t n, float temperature) {
+  RowSums sums, chunk;
+  for (int64_t i = 0; i < n; i += kColumns) {
+    chunk_statistics(logits + i, z + i, std::min(kColumns, n - i), temperature, &chunk);
+    merge_sums(sums, chunk);
+  }
+  return sums;
+}
+
+AXPO_CLONES int64_t draw(const float* z, int64_t n, uint64_t seed, uint64_t position) {
+  float best;
+  return gumbel_argmax(z, n, 0, seed, position, &best);
 }
 
 int64_t first_argmax(const std::vector<float>& z, int64_t n) {
@@ -225,10 +140,8 @@ void sample_row(const float* logits, int64_t n, const Params& p, const int64_t* 
                 int64_t row, Scratch& scratch, int64_t* token, float* logprob, float* entropy) {
   std::vector<float>& z = scratch.z;
   const bool greedy = p.temperature == 0.0f;
-  bool invalid;
-  double sum, centred;
-  const float max = row_statistics(logits, z.data(), n, greedy ? 1.0f : p.temperature, &invalid, &sum, &centred);
-  TORCH_CHECK_VALUE(!invalid && sum > 0, "sample: row ", row,
+  const RowSums sums = row_statistics(logits, z.data(), n, greedy ? 1.0f : p.temperature);
+  TORCH_CHECK_VALUE(sums.sum > 0, "sample: row ", row,
                     " of logits holds a NaN or +inf, or only -inf: there is no distribution to sample from");
   std::fill(z.begin() + n, z.end(), -kInfinity);
   for (int64_t i = 0; i < banned_count; ++i) z[banned[i]] = -kInfinity;
@@ -240,12 +153,12 @@ void sample_row(const float* logits, int64_t n, const Params& p, const int64_t* 
     if (top >= 0 && p.min_p > 0.0f) keep_min_p(z.data(), n, z[top], p.min_p);
     keep_top_k(z, n, p.top_k, scratch.copy);
     if (top >= 0 && p.top_p < 1.0f) keep_top_p(z, n, z[top], p.top_p, scratch.keys, scratch.weight);
-    *token = gumbel_argmax(z.data(), n, p.seed, p.position);
+    *token = draw(z.data(), n, p.seed, p.position);
   }
   TORCH_CHECK_VALUE(*token >= 0, "sample: row ", row, " has no token left: every one is banned or has logit -inf");
-  const double log_sum = std::log(sum), chosen = greedy ? logits[*token] : logits[*token] / p.temperature;
-  *logprob = (float)((chosen - max) - log_sum);
-  *entropy = (float)(log_sum - centred / sum);
+  const double log_sum = std::log(sums.sum), chosen = greedy ? logits[*token] : logits[*token] / p.temperature;
+  *logprob = (float)((chosen - sums.max) - log_sum);
+  *entropy = (float)(log_sum - sums.centred / sums.sum);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& positions,
@@ -286,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& se
   const int64_t* k = top_k_c.const_data_ptr<int64_t>();
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float *logprob_out = logprob.mutable_data_ptr<float>(), *entropy_out = entropy.mutable_data_ptr<float>();
-  const Rows in = rows_of(logits);
+  const Rows<float> in = rows_of(logits);
   at::parallel_for(0, rows, grain_rows(n), [&](int64_t begin, int64_t end) {
     Scratch scratch;
     scratch.z.resize((n + kBlock - 1) / kBlock * kBlock);

@@ -9,6 +9,7 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include <algorithm>
 #include <limits>
 
 #include "common.h"
@@ -72,6 +73,35 @@ static AXPO_INLINE void softmax_sums(const float* z, int64_t n, float max, doubl
     total += sum8(s), total_centred += sum8(t);
   }
   *sum = total, *centred = total_centred;
+}
+
+// A row is reduced in chunks of so many columns, which are merged in order: wherever a chunk is made, in the LM head or
+// from logits in memory, the bits are the same.
+constexpr int64_t kColumns = 1024;
+
+// Of some of a row's z: the largest, Σ e^{z−max} and Σ e^{z−max} (z−max).
+struct RowSums {
+  double max = -kInfinity, sum = 0, centred = 0;
+};
+
+// z = logits / temperature and its sums; a NaN or +inf makes sum NaN, which reaches every result.
+static AXPO_INLINE RowSums reduce_chunk(const float* logits, float* z, int64_t n, float temperature) {
+  bool invalid;
+  RowSums out;
+  const float max = scale_row(logits, z, n, temperature, &invalid);
+  softmax_sums(z, n, max, &out.sum, &out.centred);
+  out.max = max;
+  if (invalid) out.sum = std::numeric_limits<double>::quiet_NaN();
+  return out;
+}
+
+// Moves both sums to the new maximum; the centred one also shifts by sum * (old - new).
+static inline void merge_sums(RowSums& s, const RowSums& other) {
+  const double max = std::max(s.max, other.max), shift = s.max - max, other_shift = other.max - max;
+  const double a = s.sum == 0 ? 0 : std::exp(shift), b = other.sum == 0 ? 0 : std::exp(other_shift);
+  s.centred = (a == 0 ? 0 : a * (s.centred + s.sum * shift)) + (b == 0 ? 0 : b * (other.centred + other.sum * other_shift));
+  s.sum = a * s.sum + b * other.sum;
+  s.max = max;
 }
 
 }  // namespace axpo

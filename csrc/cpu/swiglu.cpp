@@ -60,22 +60,36 @@ void check(const Tensor& gate, const Tensor& up) {
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
   check(gate, up);
   Tensor y = at::empty(gate.sizes(), gate.options());
-  const int64_t n = gate.size(-1);
-  const Rows g = rows_of(gate), u = rows_of(up);
-  float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, g.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) forward_row(g[r], u[r], out + r * n, n);
+  by_dtype(gate, [&]<class T>(T) {
+    const int64_t n = gate.size(-1);
+    const Rows<T> g = rows_of<T>(gate), u = rows_of<T>(up);
+    T* out = y.mutable_data_ptr<T>();
+    at::parallel_for(0, g.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
+      FloatRow a, b, to;
+      for (int64_t r = begin; r < end; ++r) {
+        forward_row(a.read(g[r], n), b.read(u[r], n), to.begin(out + r * n, n), n);
+        to.finish(out + r * n, n);
+      }
+    });
   });
   return y;
 }
 
 tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
-  const int64_t n = gate.size(-1);
-  const Rows d = rows_of(grad), g = rows_of(gate), u = rows_of(up);
-  float *to_gate = dgate.mutable_data_ptr<float>(), *to_up = dup.mutable_data_ptr<float>();
-  at::parallel_for(0, g.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) backward_row(d[r], g[r], u[r], to_gate + r * n, to_up + r * n, n);
+  by_dtype(gate, [&]<class T>(T) {
+    const int64_t n = gate.size(-1);
+    const Rows<T> d = rows_of<T>(grad), g = rows_of<T>(gate), u = rows_of<T>(up);
+    T *gate_out = dgate.mutable_data_ptr<T>(), *up_out = dup.mutable_data_ptr<T>();
+    at::parallel_for(0, g.rows, grain_rows(n), [&](int64_t begin, int64_t end) {
+      FloatRow a, b, c, to_gate, to_up;
+      for (int64_t r = begin; r < end; ++r) {
+        backward_row(a.read(d[r], n), b.read(g[r], n), c.read(u[r], n), to_gate.begin(gate_out + r * n, n),
+                     to_up.begin(up_out + r * n, n), n);
+        to_gate.finish(gate_out + r * n, n);
+        to_up.finish(up_out + r * n, n);
+      }
+    });
   });
   return {dgate, dup};
 }

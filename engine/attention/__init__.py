@@ -1,5 +1,6 @@
-"""How the engine's tokens attend to the paged KV: one file a backend."""
+"""How the engine's tokens attend to the paged KV: one file a backend, behind one interface."""
 
-from engine.attention.paged import PagedAttention
+from engine.attention.backend import Backend, StepAttention, Target
+from engine.attention.select import BACKENDS, Choice, choose_backend
 
-__all__ = ["PagedAttention"]
+__all__ = ["BACKENDS", "Backend", "Choice", "StepAttention", "Target", "choose_backend"]

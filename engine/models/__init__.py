@@ -1,7 +1,7 @@
 """The models that the engine serves and the trainer trains: one definition, two attentions."""
 
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
-from engine.models.fused import fuse_projections, pack_projections
+from engine.models.fused import adjacent_parameters, fuse_projections, pack_projections
 from engine.models.qwen3_vl import Predict, Qwen3VL
 from engine.models.vision import VisionFeatures, VisionInput
 
@@ -13,6 +13,7 @@ __all__ = [
     "VisionConfig",
     "VisionFeatures",
     "VisionInput",
+    "adjacent_parameters",
     "fuse_projections",
     "pack_projections",
 ]

@@ -51,6 +51,20 @@ def fuse_projections(model: Qwen3VL) -> None:
         layer.fused = weights, (qkv_bias, None if o.bias is None else o.bias.data), layer.input_layernorm.eps
 
 
+def adjacent_parameters(model: Qwen3VL) -> list[list[tuple[nn.Module, str]]]:
+    """All parameters as (module, name): of a fused projection in one group, to lie in one piece; then the rest."""
+    groups: list[list[tuple[nn.Module, str]]] = [
+        [(projection, name) for projection in projections]
+        for projections in _groups(model).values()
+        for name in ("weight", "bias")
+        if getattr(projections[0], name) is not None
+    ]
+    grouped = {parameter for group in groups for parameter in group}
+    every = [(module, name) for module in model.modules() for name, _ in module.named_parameters(recurse=False)]
+    groups += [[parameter] for parameter in every if parameter not in grouped]
+    return groups
+
+
 def _layers(model: Qwen3VL) -> list[DecoderLayer]:
     return [layer for layer in model.model.language_model.layers if isinstance(layer, DecoderLayer)]
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ModelConfig, TextConfig
+from engine.models.linear import Linear
 from engine.models.vision import VisionFeatures, VisionInput, VisionTower
-from kernels import add_rmsnorm, linear_logprob_entropy, rmsnorm, rotary, swiglu
+from kernels import add_rmsnorm, linear, linear_logprob_entropy, rmsnorm, rotary, swiglu
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; masking, scale and caching are its own matter."""
@@ -41,7 +41,7 @@ class Qwen3VL(nn.Module):
         self.config = config
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -70,7 +70,7 @@ class Qwen3VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> logits [N, V] in fp32."""
-        return F.linear(hidden, self.head_weight).float()
+        return linear(hidden, self.head_weight, wide=True)
 
 
 class Backbone(nn.Module):
@@ -181,10 +181,10 @@ class SelfAttention(nn.Module):
         self.index = index
         self.head_dim = config.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -195,7 +195,7 @@ class SelfAttention(nn.Module):
         if self.fused is None:
             q, k, v = (proj(x).view(tokens, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            q, k, v = F.linear(x, *self.fused).view(tokens, -1, self.head_dim).split(self.heads, dim=1)
+            q, k, v = linear(x, *self.fused).view(tokens, -1, self.head_dim).split(self.heads, dim=1)
         q, k = rotary(self.q_norm(q), self.k_norm(k), cos, sin)
         return self.o_proj(attention(self.index, q, k, v).reshape(tokens, -1))
 
@@ -203,9 +203,9 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
         self.fused: Fused | None = None
 
@@ -213,5 +213,5 @@ class MLP(nn.Module):
         if self.fused is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
-            gate, up = F.linear(x, *self.fused).chunk(2, dim=1)
+            gate, up = linear(x, *self.fused).chunk(2, dim=1)
         return self.down_proj(swiglu(gate, up))

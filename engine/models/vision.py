@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import VisionConfig
-from kernels import rotary
+from engine.models.linear import Linear
+from kernels import linear, rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight = self.proj.weight
-        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.proj.bias)
+        return linear(pixel_values.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 class VisionBlock(nn.Module):
@@ -141,8 +142,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: list[int]) -> Tensor:
         """x [P, hidden]; `segments` are the patch counts of the frames, each of which attends to itself only."""
@@ -163,8 +164,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
@@ -178,8 +179,8 @@ class PatchMerger(nn.Module):
         self.merged = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
         self.norm = nn.LayerNorm(self.merged if norm_after_merge else config.hidden_size, eps=1e-6)
-        self.linear_fc1 = nn.Linear(self.merged, self.merged)
-        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+        self.linear_fc1 = Linear(self.merged, self.merged)
+        self.linear_fc2 = Linear(self.merged, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.view(-1, self.merged)) if self.norm_after_merge else self.norm(x).view(-1, self.merged)

@@ -23,10 +23,11 @@ def write_kv(
     """Stores the keys and values of T tokens in the cache, in place.
 
     k, v: [T, Hk, D]. k_cache, v_cache: [num_blocks, Hk, block_size, D]; values are converted to the cache's dtype.
-    slot_mapping: [T] int64, slot = block * block_size + offset, no slot twice.
+    slot_mapping: [T] int64, slot = block * block_size + offset, no slot twice; -1 leaves a token out, as what fills
+    up a captured graph's batch.
     backend: "triton", "cpp" (k and v of the cache's dtype: fp32, bf16 or fp16) or "reference"; default: the best.
     Raises ValueError for shapes that do not fit, and IndexError for a slot outside the cache; "triton", which cannot
-    look without waiting for the device, leaves such a token out (so -1 is what fills a captured graph's batch up).
+    look without waiting for the device, leaves such a token out.
     """
     if k.shape != v.shape or k_cache.shape != v_cache.shape:
         raise ValueError(

@@ -6,6 +6,8 @@ import torch
 def write_kv_reference(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
+    kept = slot_mapping != -1
+    k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     block_size = k_cache.shape[2]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     k_cache[block, :, offset] = k.to(k_cache.dtype)

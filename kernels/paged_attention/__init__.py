@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kernels._library import LOADED, choose
+from kernels._library import FP32_BF16, LOADED, MODE, TRITON, choose
 from kernels.paged_attention.plan import PagedPlan, PagedTile, PlanOverflow, build, fixed_plan, upload
 from kernels.paged_attention.reference import paged_attention_reference
 
@@ -15,9 +15,8 @@ __all__ = [
     "paged_attention",
     "paged_attention_reference",
     "paged_plan",
+    "why_not_compiled",
 ]
-
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def paged_attention(
@@ -61,7 +60,7 @@ def paged_attention(
         and k_cache.stride(-1) == 1
     )
     chosen = choose(
-        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=_CPP_DTYPES
+        "paged_attention", backend, q, k_cache, v_cache, cpp=fits_cpp, triton=fits_triton, cpp_dtypes=FP32_BF16
     )
     if chosen == "reference":
         return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
@@ -120,6 +119,31 @@ def fixed_paged_plan(
     A call with it allocates max_tokens * ceil(max_context / split) * Hq * (D + 1) * 4 bytes for partial results.
     """
     return fixed_plan(max_tokens, max_context, tile or device_tile(device), device, share)
+
+
+def why_not_compiled(
+    device: torch.device, dtype: torch.dtype, group: int, head_dim: int, block_size: int
+) -> str | None:
+    """Why no compiled form serves calls with these sizes, and what would help; None when one does.
+
+    group: Hq / Hk. Where AXPO_KERNELS names the form, that one serves, and there is nothing to ask.
+    """
+    if MODE != "auto":
+        return None
+    if device.type == "cuda":
+        if not TRITON:
+            return "triton is not installed; pip install triton"
+        if dtype == torch.float64 or group > 64 or head_dim > 256:
+            return f"{dtype}, {group} query heads a KV head, head_dim {head_dim}: beyond 32 bits, 64 or 256"
+        split = device_tile(device).split
+        return f"block_size {block_size} does not divide the split of {split} tokens" if split % block_size else None
+    if not LOADED:
+        return "the C++ kernels are not built; python setup.py build_ext --inplace"
+    if dtype not in FP32_BF16:
+        return f"dtype is {dtype}, and the C++ kernel takes fp32 and bf16"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim is {head_dim}, and the C++ kernel takes multiples of 8 up to 256"
+    return f"block_size is {block_size}; give a multiple of 8" if block_size % 8 else None
 
 
 def device_tile(device: torch.device) -> PagedTile:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._library import LOADED, choose, one_narrow_dtype
+from kernels._library import FP32_BF16, LOADED, choose, one_narrow_dtype
 from kernels.rmsnorm.reference import add_rmsnorm_reference, rmsnorm_reference
 
 __all__ = ["add_rmsnorm", "add_rmsnorm_reference", "rmsnorm", "rmsnorm_reference"]
@@ -15,7 +15,15 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str |
     Raises ValueError for shapes that do not fit, and for a backend that cannot serve them.
     """
     _check("rmsnorm", x, weight)
-    chosen = choose("rmsnorm", backend, x, weight, triton=_in_triton(x, weight))
+    chosen = choose(
+        "rmsnorm",
+        backend,
+        x,
+        weight,
+        cpp=one_narrow_dtype(x, weight),
+        triton=_in_triton(x, weight),
+        cpp_dtypes=FP32_BF16,
+    )
     if chosen == "cpp":
         return torch.ops.axpo.rmsnorm.default(x, weight, eps)
     if chosen == "triton":
@@ -34,7 +42,16 @@ def add_rmsnorm(
         raise ValueError(
             f"add_rmsnorm: residual has shape {list(residual.shape)}, but x has {list(x.shape)}: they must agree"
         )
-    chosen = choose("add_rmsnorm", backend, x, residual, weight, triton=_in_triton(x, residual, weight))
+    chosen = choose(
+        "add_rmsnorm",
+        backend,
+        x,
+        residual,
+        weight,
+        cpp=one_narrow_dtype(x, residual, weight),
+        triton=_in_triton(x, residual, weight),
+        cpp_dtypes=FP32_BF16,
+    )
     if chosen == "cpp":
         return torch.ops.axpo.add_rmsnorm.default(x, residual, weight, eps)
     if chosen == "triton":

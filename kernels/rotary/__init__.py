@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._library import LOADED, choose, one_narrow_dtype
+from kernels._library import FP32_BF16, LOADED, choose, one_narrow_dtype
 from kernels.rotary.reference import rotary_reference
 
 __all__ = ["rotary", "rotary_reference"]
@@ -25,7 +25,10 @@ def rotary(
             )
     fits = max(q.shape[1], k.shape[1]) * q.shape[2] <= 32768  # the heads of a token, in registers
     narrow = fits and one_narrow_dtype(q, k) and one_narrow_dtype(cos, sin)
-    chosen = choose("rotary", backend, q, k, cos, sin, triton=narrow)
+    wide = cos.dtype == sin.dtype == torch.float32
+    chosen = choose(
+        "rotary", backend, q, k, cos, sin, cpp=q.dtype == k.dtype and wide, triton=narrow, cpp_dtypes=FP32_BF16
+    )
     if chosen == "cpp":
         return torch.ops.axpo.rotary.default(q, k, cos, sin)
     if chosen == "triton":

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels._library import LOADED, choose, one_narrow_dtype
+from kernels._library import FP32_BF16, LOADED, choose, one_narrow_dtype
 from kernels.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu", "swiglu_reference"]
@@ -15,7 +15,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) 
     """
     if gate.dim() < 1 or gate.shape != up.shape:
         raise ValueError(f"swiglu: gate has shape {list(gate.shape)}, but up has {list(up.shape)}: they must agree")
-    chosen = choose("swiglu", backend, gate, up, triton=one_narrow_dtype(gate, up))
+    same = one_narrow_dtype(gate, up)
+    chosen = choose("swiglu", backend, gate, up, cpp=same, triton=same, cpp_dtypes=FP32_BF16)
     if chosen == "cpp":
         return torch.ops.axpo.swiglu.default(gate, up)
     if chosen == "triton":

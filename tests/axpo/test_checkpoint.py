@@ -1,7 +1,8 @@
 """Checkpoints: resume is bit for bit, damage is named, what was there before survives."""
 
-import json
 import random
+import resource
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from axpo.checkpoint import Progress, export_policy, latest, load_checkpoint, save_checkpoint
+from axpo import checkpoint
+from axpo.checkpoint import Checkpointer, export_policy, latest, load_checkpoint, save_checkpoint
+from axpo.checkpoint_record import CheckpointError, Progress, Record
 from axpo.learner import Learner
 from engine.models import ModelConfig, Qwen3VL
 from engine.weights import load_weights
@@ -60,27 +63,70 @@ def test_the_newest_are_kept_and_leftovers_do_not_count(policy: Path, tmp_path: 
         save_checkpoint(tmp_path, learner, Progress(step, step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000010"]
     (tmp_path / ".tmp-step_000011").mkdir()
+    (tmp_path / ".old-step_000002").mkdir()
     (tmp_path / "step_000012").mkdir()
+    (tmp_path / "step_000003-copy").mkdir()
     assert latest(tmp_path) == tmp_path / "step_000010"
     save_checkpoint(tmp_path, learner, Progress(11, 11), keep=2)
-    assert latest(tmp_path) == tmp_path / "step_000011"
-    assert not (tmp_path / ".tmp-step_000011").exists()
+    kept = ["step_000003-copy", "step_000010", "step_000011"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept, "what is not whole goes with the old ones"
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint(policy: Path, saved: Path, tmp_path: Path, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written(policy: Path, tmp_path: Path, monkeypatch):
+    """The write is held until another update is made; what it holds is the state of before."""
+    learner = build_learner(policy)
+    learner.step(batches(0))
+    before = weights(learner)
+    go_on = threading.Event()
+    prepare = checkpoint._prepare
+    monkeypatch.setattr(checkpoint, "_prepare", lambda path: (go_on.wait(60), prepare(path)))
+    checkpoints = Checkpointer(tmp_path, keep=1)
+    path = checkpoints.save(learner, Progress(1, 5))
+    expected = [learner.step(batches(1)), draws()]
+    assert not path.exists()
+    go_on.set()
+    checkpoints.wait()
+    resumed = build_learner(policy)
+    assert load_checkpoint(path, resumed) == Progress(1, 5)
+    assert all(torch.equal(before[name], weight) for name, weight in weights(resumed).items())
+    assert [resumed.step(batches(1)), draws()] == expected
+
+
+@pytest.mark.parametrize(("asynchronous", "largest"), [(True, 20_000), (False, 10)])
+def test_a_save_that_fails_leaves_the_last_checkpoint(
+    policy: Path, saved: Path, tmp_path: Path, asynchronous: bool, largest: int
+):
+    """The file system refuses to let files grow, as a full one does: the shard, or only the state.json behind it."""
     directory = tmp_path / saved.name
     copy(saved, directory)
     learner = build_learner(policy)
     learner.step(batches(0))
 
-    def full(*_: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("axpo.checkpoint.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, learner, Progress(2, 10), keep=1)
+    checkpoints = Checkpointer(tmp_path, keep=1, asynchronous=asynchronous)
+    message = r"step_000002 could not be written: rank 0.*File too large.*MiB are free.*--run\.resume"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.save(learner, Progress(2, 10))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not checkpoints.failed, "it is told once"
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name], "and takes no room"
     assert latest(tmp_path) == directory
     assert load_checkpoint(directory, learner).step == 1
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(saved: Path, tmp_path: Path):
+    other = build_learner(write_checkpoint(tmp_path / "tied", tie=True))
+    before = weights(other)
+    message = (
+        r"step_000001: checkpoint of another architecture: lm_head\.weight is \(48, 32\) in it and not there in the"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved, other)
+    assert all(torch.equal(before[name], weight) for name, weight in weights(other).items())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -115,13 +161,18 @@ def test_damage_is_named(policy: Path, saved: Path, tmp_path: Path, damage, mess
 def test_the_state_file(policy: Path, saved: Path, tmp_path: Path):
     learner = build_learner(policy)
     copy(saved, tmp_path / "a")
-    (tmp_path / "a" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"state\.json: corrupt"):
-        load_checkpoint(tmp_path / "a", learner)
-    with pytest.raises(FileNotFoundError, match=r"state\.json: missing"):
+    for wrong in ("{", "[]", "{}", '{"config_hash": ""}'):
+        (tmp_path / "a" / "state.json").write_text(wrong)
+        with pytest.raises(CheckpointError, match=r"state\.json: corrupt"):
+            load_checkpoint(tmp_path / "a", learner)
+    with pytest.raises(CheckpointError, match=r"state\.json: missing"):
         load_checkpoint(tmp_path / "b", learner)
-    record = json.loads((saved / "state.json").read_text())
-    assert (record["step"], record["consumed_groups"]) == (1, 5)
+    record = Record.read(saved)
+    assert record.progress == Progress(1, 5) and record.world_size == 1 and record.updates == 1
+    assert (
+        Record(**{name: getattr(record, name) for name in Record.__slots__}).to_json()
+        == (saved / "state.json").read_text()
+    )
 
 
 def test_export_reads_back(policy: Path, tmp_path: Path):

@@ -97,6 +97,24 @@ def test_every_example_once_an_epoch_whatever_the_ranks(tmp_path: Path):
     assert alone == [[*a, *b] for a, b in zip(first, second, strict=True)]
 
 
+def test_held_out_examples_are_never_trained_on(tmp_path: Path):
+    talk = [{"role": "user", "content": "?"}]
+    rows = [{"id": f"r{i}", "messages": [*talk, {"role": "assistant", "content": f"{i}</think>"}]} for i in range(6)]
+    options = [f"--data.path={write(tmp_path / 'rows.jsonl', rows)}", "--data.task=jsonl", "--sft.batch_size=2"]
+
+    def labels(trees: list[Any]) -> set[tuple[int, ...]]:
+        return {tuple(tree.labels.tolist()) for tree in trees}
+
+    config = resolve(SftConfig, [*options, "--sft.heldout_examples=2"], recipe="mini-sft")
+    data, other = (SftData(SOURCE, config, rank, 2) for rank in (0, 1))
+    assert len(data) == 4
+    heldout = labels([*data.heldout(), *other.heldout()])
+    trained = labels([tree for step in range(1, 9) for part in (data, other) for tree in part.batch(step)])
+    assert (len(heldout), len(trained)) == (2, 4) and not heldout & trained
+    with pytest.raises(ValueError, match=r"sft\.heldout_examples = 6: there are 6 examples in all"):
+        SftData(SOURCE, resolve(SftConfig, [*options, "--sft.heldout_examples=6"], recipe="mini-sft"), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("row", "wrong"),
     [

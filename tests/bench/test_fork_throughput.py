@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from bench import fork_report, fork_throughput, fork_vllm
 from bench.fork_models import MINI, TextShape, random_prefix, write_random
-from bench.fork_workload import BLOCK, Floors, Workload
+from bench.fork_workload import BLOCK, Branches, Floors, Workload
 from engine import LLM
 from engine.models import ModelConfig
 
@@ -52,7 +52,10 @@ def test_every_system_says_the_same_and_only_tails_are_copied(tiny, tmp_path, ca
         assert row["equal_tokens"] == row["inside_equal_tokens"] == 1, (sizes, row)
         assert row["complete"] and row["inside_complete"] and row["cpu_s"] > 0
         for mark in ("", "inside_"):
-            assert row[f"{mark}fork_to_first_token_s"] > 0 and row[f"{mark}tokens_per_s"] > 0
+            first, rate = row[f"{mark}fork_to_first_token_s"], row[f"{mark}tokens_per_s"]
+            tokens = forks * (new_tokens // 2 if mark else new_tokens)
+            # The rate is of all tokens since the fork, so it has the time of the first ones in it.
+            assert row[f"{mark}decode_tokens_per_s"] > 0 and tokens / rate > first > 0
             assert row[f"{mark}kv_bytes"] > 0 and row[f"{mark}first_token_share"] > 0
     token_bytes = 2 * TINY.layers * TINY.kv_heads * 32 * 4
     inside_at = Workload(random_prefix(tiny, prefix), forks, new_tokens).inside_at
@@ -120,6 +123,11 @@ def test_a_written_checkpoint_is_whole_and_the_same_again(tiny, tmp_path):
     LLM(again, kv_cache_bytes=1 << 20)  # every tensor there, none too many
 
 
+def test_rates_are_of_the_whole_workload_and_of_decoding():
+    branches = Branches(first_token_s=2.0, decode_s=3.0, decode_tokens=12, outputs=[[1] * 7, [2] * 7])
+    assert branches.tokens_per_s == 14 / 5 and branches.decode_tokens_per_s == 4
+
+
 def test_floors_and_shares():
     floors = Floors(1e9, 1e12, 10**9, 10**8, 1000, 100, 2)
     assert floors.step(1, 0, 0) == pytest.approx(2.2)  # reads 1.1e9 bf16 weights
@@ -127,7 +135,10 @@ def test_floors_and_shares():
     assert floors.step(4, 10**6, 10**6) - floors.step(4, 10**6, 0) == pytest.approx(4.0)  # own KV counts once a branch
     assert floors.copy(5e8) == 1.0
     assert fork_report.equal_share([[1, 2], [3]], [[1, 5], [3, 4]]) == pytest.approx(2 / 3)
-    row = {"prefix": 64, "forks": 4, "fork_to_first_token_s": 0.1, "tokens_per_s": 50.0, "system": "a"}
-    others = [{**row, "system": "b", "tokens_per_s": 100.0}, {**row, "system": "c", "fork_to_first_token_s": 2.0}]
+    row = {"prefix": 64, "forks": 4, "fork_to_first_token_s": 0.1, "decode_tokens_per_s": 50.0, "system": "a"}
+    others = [
+        {**row, "system": "b", "decode_tokens_per_s": 100.0},
+        {**row, "system": "c", "fork_to_first_token_s": 2.0},
+    ]
     text = fork_report.render_grid([row, *others], "a", "b", "c")
     assert "loses" in text and "0.50x" in text and "20.00x" in text

@@ -51,7 +51,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+    """The rows without what a clock told: the group perf, and seconds (_s) of other groups."""
+    return [{k: value for k, value in row.items() if not (k.startswith("perf/") or k.endswith("_s"))} for row in rows]
 
 
 def trajectories(run: Path, step: int) -> list[Trajectory]:

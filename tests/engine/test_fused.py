@@ -14,9 +14,13 @@ from kernels import can_run_layers
 PARAMS = SamplingParams(n=3, max_tokens=20, ignore_eos=True, seed=5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fixture", ["vl_checkpoint", "text_checkpoint"])
-def test_a_layer_in_one_call_has_the_same_bits(fixture: str, request: pytest.FixtureRequest) -> None:
-    llm = LLM(request.getfixturevalue(fixture), kv_cache_bytes=1 << 22, block_size=8, max_batch_tokens=37)
+def test_a_layer_in_one_call_has_the_same_bits(
+    fixture: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(fixture)
+    llm = LLM(path, dtype=dtype, kv_cache_bytes=1 << 22, block_size=8, max_batch_tokens=37)
     if not can_run_layers(llm.kv.layer(0)[0]):
         pytest.skip("the C++ kernels are not built")
     seed = random.randrange(2**31)
@@ -24,7 +28,7 @@ def test_a_layer_in_one_call_has_the_same_bits(fixture: str, request: pytest.Fix
     prompts = [[rng.randrange(7, 260) for _ in range(rng.randint(3, 30))] for _ in range(5)]
     whole = llm.generate(prompts, PARAMS, use_tqdm=False)
     llm.reset_prefix_cache()
-    llm.runner._whole_layers = False
+    llm.attention.whole_layers = False
     single = llm.generate(prompts, PARAMS, use_tqdm=False)
     for one, other in zip(whole, single, strict=True):
         assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs], f"seed {seed}"

@@ -114,7 +114,7 @@ def test_two_runs_at_once(llm: LLM) -> None:
         refused(llm, call, RuntimeError, "other sequences run")
     refused(llm, llm.sleep, RuntimeError, "sleep while")
     refused(llm, lambda: llm.update_weights({}), RuntimeError, "new weights while")
-    refused(llm, llm.weights_updated, RuntimeError, "weights changed while")
+    refused(llm, llm.weights_updated, RuntimeError, "new weights while")
     assert len(llm.step()) == 0 and one.running
     for sequence in (one, two):
         sequence.close()

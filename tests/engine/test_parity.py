@@ -70,6 +70,29 @@ def test_text_prefill_and_greedy_equal_transformers(text_checkpoint: Path) -> No
         assert output.outputs[0].token_ids == greedy[0, len(tokens) :].tolist(), f"seed {seed}"
 
 
+@pytest.mark.parametrize("images", [0, 2])
+def test_bf16_is_as_close_to_exact_as_transformers(images: int, vl_checkpoint: Path) -> None:
+    """Both beside the same rounded weights in fp32; and what is said greedily is the best token up to that error."""
+    seed = random.randrange(2**31)
+    rng = random.Random(seed)
+    narrow = Qwen3VLForConditionalGeneration.from_pretrained(vl_checkpoint, dtype=torch.bfloat16).eval()
+    exact = Qwen3VLForConditionalGeneration.from_pretrained(vl_checkpoint, dtype=torch.bfloat16).float().eval()
+    llm = LLM(vl_checkpoint, dtype=torch.bfloat16, kv_cache_bytes=1 << 24, max_batch_tokens=rng.choice([17, 4096]))
+    tokens, pictures = random_prompt(rng, llm, images)
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    prompt = {"prompt_token_ids": tokens, "multi_modal_data": {"image": pictures}}
+    whole = tokens + llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+    with torch.no_grad():
+        expected, theirs = (model(**reference_inputs(whole, pictures)).logits[0].float() for model in (exact, narrow))
+    ours = prefill_logits(llm, whole, pictures)
+    errors = [((logits - expected).norm() / expected.norm()).item() for logits in (ours, theirs)]
+    assert errors[0] < 1.3 * errors[1] + 1e-3, f"{errors} (seed {seed})"
+    expected[:, list(llm.config.banned_token_ids)] = -torch.inf
+    said = expected[len(tokens) - 1 : -1].gather(1, torch.tensor(whole[len(tokens) :])[:, None])[:, 0]
+    slack = 2 * (ours - expected)[expected.isfinite()].abs().max()
+    assert (expected[len(tokens) - 1 : -1].amax(1) - said <= slack).all(), f"seed {seed}"
+
+
 def test_logprobs_and_entropies_are_those_of_transformers(vl_checkpoint: Path) -> None:
     seed = random.randrange(2**31)
     rng = random.Random(seed)

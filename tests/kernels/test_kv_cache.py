@@ -52,6 +52,19 @@ def test_write_takes_strided_tokens_and_views_of_a_larger_cache():
     assert kv[0].abs().sum() == 0, f"seed {seed}"
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference", "triton"])
+def test_slot_minus_one_leaves_a_token_out(backend):
+    if backend == "cpp" and not LOADED:
+        pytest.skip("the C++ kernels are not built")
+    caches = [torch.zeros(4, 2, 8, 16) for _ in range(2)]
+    k = torch.randn(4, 2, 16)
+    write_kv(k, k + 1, *caches, torch.tensor([-1, 9, -1, 31]), backend=backend)
+    expected = torch.zeros(4, 2, 8, 16)
+    expected[1, :, 1], expected[3, :, 7] = k[1], k[3]
+    assert torch.equal(caches[0], expected)
+    assert torch.equal(caches[1], torch.where(expected != 0, expected + 1, 0.0))
+
+
 def test_write_nothing():
     cache = torch.ones(2, 1, 8, 8)
     write_kv(torch.empty(0, 1, 8), torch.empty(0, 1, 8), cache, cache.clone(), torch.empty(0, dtype=torch.int64))
@@ -59,7 +72,7 @@ def test_write_nothing():
 
 
 @needs_cpp
-@pytest.mark.parametrize("slot", [-1, 32])
+@pytest.mark.parametrize("slot", [-2, 32])
 def test_a_slot_outside_the_cache_is_an_error_and_nothing_is_written(slot):
     k_cache, v_cache = torch.zeros(4, 2, 8, 16), torch.zeros(4, 2, 8, 16)
     with pytest.raises(IndexError, match=f"slot_mapping\\[1\\] = {slot} is outside the cache of 32 slots"):

@@ -112,8 +112,9 @@ def test_other_dtypes_follow_transformers(generator):
         assert y.dtype == dtype
         if dtype == torch.float32:
             close(y, norm(x), "fp32")
-        else:
-            assert torch.equal(y, norm(x)), f"{dtype}"
+        else:  # which rounds once more in between
+            assert torch.equal(rmsnorm(x, norm.weight, EPS, backend="reference"), norm(x)), f"{dtype}"
+            torch.testing.assert_close(y, norm(x), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_nan_reaches_the_output(generator):
@@ -140,3 +141,20 @@ def test_opcheck(generator):
     torch.library.opcheck(torch.ops.axpo.add_rmsnorm.default, (x, r, w, EPS))
     plain = [t.detach() for t in (x, r, x, w)]
     torch.library.opcheck(torch.ops.axpo.rmsnorm_backward.default, (*plain, EPS))
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (300, 64), (5, 3, 40)])
+def test_bf16_is_fp32_rounded_once(shape, generator):
+    """Bitwise, forward and backward; behind an addition the norm sees the rounded sum. Strided rows too."""
+    x, r, dy = (torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).bfloat16()[..., 3:] for _ in range(3))
+    w = torch.randn(shape[-1], generator=generator).bfloat16()
+    narrow = [t.requires_grad_() for t in (x, w)]
+    wide = [t.detach().float().requires_grad_() for t in (x, w)]
+    y, expected = rmsnorm(*narrow, EPS, backend="cpp"), rmsnorm(*wide, EPS)
+    assert torch.equal(y, expected.bfloat16())
+    grads = torch.autograd.grad(y, narrow, dy), torch.autograd.grad(expected, wide, dy.float())
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(*grads, strict=True))
+    added = add_rmsnorm(x.detach(), r, w.detach(), EPS, backend="cpp")
+    assert torch.equal(added[1], x.detach() + r)
+    assert torch.equal(added[0], rmsnorm((x.detach() + r).float(), w.detach().float(), EPS).bfloat16())

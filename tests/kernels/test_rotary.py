@@ -96,3 +96,20 @@ def test_opcheck(generator):
     q, k, angle = inputs(5, 4, 2, 16, generator)
     arguments = (q.clone().requires_grad_(), k.clone().requires_grad_(), angle.cos(), angle.sin())
     torch.library.opcheck(torch.ops.axpo.rotary.default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (9, 4, 2, 32), (70, 3, 1, 18)])
+def test_bf16_is_fp32_rounded_once(shape, generator):
+    """Bitwise, forward and backward, with fp32 angles; head views of a fused projection."""
+    tokens, q_heads, k_heads, dim = shape
+    fused = torch.randn(tokens, q_heads + k_heads, dim, generator=generator).bfloat16()
+    angles = torch.randn(tokens, dim // 2, generator=generator)
+    narrow = [t.requires_grad_() for t in fused.split((q_heads, k_heads), dim=1)]
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    ours = rotary(*narrow, angles.cos(), angles.sin(), backend="cpp")
+    expected = rotary(*wide, angles.cos(), angles.sin())
+    dy = [torch.randn(t.shape, generator=generator).bfloat16() for t in ours]
+    grads = torch.autograd.grad(ours, narrow, dy), torch.autograd.grad(expected, wide, [d.float() for d in dy])
+    for a, b in (*zip(ours, expected, strict=True), *zip(*grads, strict=True)):
+        assert torch.equal(a, b.bfloat16())

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from kernels._library import LOADED
+from kernels.linear import linear
 from kernels.sampling import (
     gumbel_noise,
     linear_sample,
@@ -232,6 +233,44 @@ def test_linear_sample_is_sample_of_the_logits(rows, dtype, generator):
         torch.testing.assert_close(results[1:], expected[1:], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="seeds"):
         linear_sample(hidden, weight, seeds[:, None], positions, temperature)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_sample_has_the_bits_of_sample_on_linear_logits(dtype, generator, with_threads):
+    """Any vocabulary, any rows, any threads: so a row does not depend on what others in its batch ask for."""
+    for rows, vocabulary in ((1, 7), (5, 1024), (140, 2500), (17, 1025)):
+        hidden = torch.randn(rows, 40, generator=generator).to(dtype)
+        weight = torch.randn(vocabulary, 40, generator=generator).to(dtype)
+        seeds, positions = torch.randint(0, 2**62, (rows,), generator=generator), torch.arange(rows)
+        temperature = 2 * torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.3)
+        off, banned = (torch.zeros(rows, dtype=torch.int64), torch.ones(rows)), torch.tensor([3, vocabulary - 1])
+        logits = linear(hidden, weight, wide=True)
+        expected = sample(logits, seeds, positions, temperature, *off, banned)
+        arguments = hidden, weight, seeds, positions, temperature
+        for threads in (1, 2, 3):
+            ours = with_threads(threads, lambda a=arguments, b=banned: linear_sample(*a, b, backend="cpp"))
+            assert all(map(torch.equal, ours, expected)), (rows, vocabulary, threads)
+        half = [x[rows // 2 :] if len(x) == rows and x is not weight else x for x in arguments]
+        assert all(torch.equal(a, b[rows // 2 :]) for a, b in zip(linear_sample(*half, banned), expected, strict=True))
+
+
+@needs_library
+def test_linear_sample_names_what_cannot_be_sampled(generator):
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(1500, 8, generator=generator)
+    rows = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="row 1 of logits holds a NaN"):
+        broken = hidden.clone()
+        broken[1, 0] = torch.nan
+        linear_sample(broken, weight, *rows, torch.ones(3))
+    with pytest.raises(ValueError, match="row 0 has no token left"):
+        linear_sample(hidden, weight, *rows, torch.ones(3), torch.arange(1500))
+    with pytest.raises(ValueError, match=r"banned\[0\] = 1500 is outside the vocabulary of 1500"):
+        linear_sample(hidden, weight, *rows, torch.ones(3), torch.tensor([1500]))
+    with pytest.raises(ValueError, match=r"temperature\[0\] = -1 must be 0"):
+        linear_sample(hidden, weight, *rows, -torch.ones(3))
+    rest = *rows, torch.ones(3), torch.tensor([1, 2])
+    torch.library.opcheck(torch.ops.axpo.linear_sample_cpu.default, (hidden, weight, *rest))
 
 
 @pytest.mark.parametrize("f", [sample, sample_reference])

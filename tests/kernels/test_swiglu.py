@@ -74,3 +74,16 @@ def test_opcheck(generator):
     gate, up = (torch.randn(3, 24, generator=generator).requires_grad_() for _ in range(2))
     torch.library.opcheck(torch.ops.axpo.swiglu.default, (gate, up))
     torch.library.opcheck(torch.ops.axpo.swiglu_backward.default, (gate.detach(), gate.detach(), up.detach()))
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (40, 256), (2, 3, 20)])
+def test_bf16_is_fp32_rounded_once(shape, generator):
+    """Bitwise, forward and backward; halves of a fused projection too."""
+    fused, dy = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).bfloat16(), torch.randn(shape).bfloat16()
+    narrow = [t.requires_grad_() for t in fused.chunk(2, dim=-1)]
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    y, expected = swiglu(*narrow, backend="cpp"), swiglu(*wide)
+    assert torch.equal(y, expected.bfloat16())
+    grads = torch.autograd.grad(y, narrow, dy), torch.autograd.grad(expected, wide, dy.float())
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(*grads, strict=True))
