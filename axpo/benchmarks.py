@@ -160,7 +160,7 @@ def _line(agent: "Agent", benchmark: str, repeat: int, sample: int, branch: "Bra
         "target": branch.question.answer,
         "prediction": given,
         "filtered_resps": [given],
-        "resps": [processor.decode(tokens[branch.prompt_len :])],
+        "resps": [[processor.decode(tokens[branch.prompt_len :])]],
         "hit": int(branch.reward),
         "score": branch.score,
         "grader": branch.question.rubric.kind,

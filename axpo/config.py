@@ -76,8 +76,8 @@ class Data(_Section):
         default="", description="task 'jsonl': the same for evaluation; empty needs eval.questions = 0"
     )
     check_rows: CountOrOff = Field(
-        default=20_000,
-        description="task 'jsonl': rows, evenly spread, that are checked in full before the run starts; 0: all",
+        default=2_000,
+        description="task 'jsonl': rows of a file, evenly spread, that are checked in full before the run starts; 0: all",
     )
 
     @model_validator(mode="after")
