@@ -77,7 +77,7 @@ class Data(_Section):
     )
     check_rows: CountOrOff = Field(
         default=2_000,
-        description="task 'jsonl': rows of a file, evenly spread, that are checked in full before the run starts; 0: all",
+        description="task 'jsonl': rows of a file, evenly spread, that are checked before the run starts; 0: all",
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """Collected rows are the rollouts' own tokens, a killed collection goes on, and the filter keeps what RL can learn."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from axpo.cli import resolve
 from axpo.collect import Collection, collect, conversation, read_outcomes, summary
 from axpo.config import CollectConfig
 from axpo.data import Rows
+from axpo.data.__main__ import filter_file
 from axpo.data.select import RlQuestions
 from axpo.data.write import write_rows
 from axpo.rollout import Agent, Limits
@@ -86,3 +88,18 @@ def test_the_filter_keeps_what_rl_can_learn_from(tmp_path: Path):
     del teacher["c"]
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: row 'c' is not in the outcomes of the teacher"):
         list(RlQuestions(Rows(tmp_path / "rows.jsonl"), student, teacher))
+
+
+def test_the_filter_command_reads_two_collections(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_rows([{"id": name, "question": "x", "answer": "7"} for name in "ab"], tmp_path / "rows.parquet")
+    for who, rewards in (("student", {"a": [1, 1], "b": [0, 1]}), ("teacher", {"a": [1, 0], "b": [0, 1]})):
+        for number, (name, given) in enumerate(rewards.items()):
+            file = tmp_path / who / "outcomes" / f"{number:08d}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"id": name, "rewards": given}) + "\n")
+    out = tmp_path / "rl.jsonl"
+    filter_file(tmp_path / "student", tmp_path / "teacher", tmp_path / "rows.parquet", out)
+    assert [row.id for row in Rows(out)] == ["b"]
+    assert "1 of 2 rows; left out: 1 that the student always solves, 0 that" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"nowhere: no outcomes/\*\.jsonl"):
+        filter_file(tmp_path / "nowhere", tmp_path / "teacher", tmp_path / "rows.parquet", out)

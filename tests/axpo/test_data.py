@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from axpo.data import INSTRUCTION, DataError, Rows
+from axpo.data.__main__ import list_adapters, show_row
 from axpo.data.write import GROUP_ROWS, write_rows
 from axpo.tasks import get_task
 
@@ -233,3 +234,14 @@ def test_the_command(tmp_path: Path):
     done = run("check", good, bad)
     assert done.returncode == 2
     assert done.stderr == f"axpo.data: error: {bad}:1: row 'a': answer = ' ': must be text that is not empty\n"
+
+
+def test_a_row_is_shown_as_it_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = {"id": "a", "question": "Which?", "answer": "7", "images": [png(0)], "meta": {"level": 3}}
+    write_rows([row], tmp_path / "r.parquet")
+    show_row(tmp_path / "r.parquet", 0)
+    shown = capsys.readouterr().out
+    for words in ("id: a\n", "images: 7x5\n", "Which?", "kind='exact'", "{'level': 3}"):
+        assert words in shown
+    list_adapters()
+    assert "mathvision         MathLLMs/MathVision, split testmini (304 rows)\n" in capsys.readouterr().out
