@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,18 @@ MMSEARCH = {
     "alternative_gt_answers": ["Alcaraz"],
 }
 
+MATHVR = {
+    "id": "9",
+    "question": "Compare <image1> and <image3>. Draw the height.",
+    **{f"image{index}": FEATURE if index in (1, 3) else None for index in range(1, 9)},
+    "category": "multimodal",
+    "answers": ["2\\sqrt{3}"],
+    "number_of_answers": 1,
+    "scoring_points": ["…"],
+    "scores": [1],
+    "total_score": 1,
+}
+
 # (adapter, how it is published, record, id, grader, a right answer, a wrong one, images)
 Case = tuple[str, Callable[[Path, dict[str, Any]], Path], dict[str, Any], str, str, str, str, int]
 CASES: list[Case] = [
@@ -185,8 +198,21 @@ CASES: list[Case] = [
     (
         "math-vr",
         parquet,
-        {"id": "9", "question": "Draw the height.", "analysis": "…", "answer": "2\\sqrt{3}", "category": "Geometry"},
+        {**MATHVR, "question": "Draw the height.", "category": "text"},
         *("math-vr/9", "math", "\\sqrt{12}", "3", 0),
+    ),
+    ("math-vr", parquet, MATHVR, "math-vr/9", "math", "2\\sqrt{3}", "3", 2),
+    (
+        "math-vr",
+        parquet,
+        {**MATHVR, "answers": ["AB = 3", "BC = 4"], "number_of_answers": 2},
+        *("math-vr/9", "judge", "AB = 3; BC = 4", "", 2),
+    ),
+    (
+        "visualprobe-hard",
+        listed,
+        {"images": ["images/a.png"], "problem": "<image>What is on the van?", "solution": "Acme", "doc_id": "VP_1"},
+        *("visualprobe/VP_1", "judge", "acme", "", 1),
     ),
     (
         "vstar",
@@ -250,7 +276,7 @@ def test_the_row_of_a_published_record(tmp_path: Path, grader: Grader, case: Cas
     assert [image.size for image in question.images] == [(31, 17)] * images
     assert "<image" not in question.text and LETTER not in question.text
     given = str(record.get("question") or record.get("text") or record.get("query") or "")
-    for line in given.replace("<image>", "").replace("<image1>", "").replace(LETTER, "").split("\n"):
+    for line in re.sub(r"<image\d*>\s*", "", given).replace(LETTER, "").split("\n"):
         assert line in question.text
     assert grader.compare(right, row.rubric).reward == 1.0
     assert grader.compare(wrong, row.rubric).reward == 0.0
@@ -258,6 +284,12 @@ def test_the_row_of_a_published_record(tmp_path: Path, grader: Grader, case: Cas
 
 def test_every_adapter_has_a_case():
     assert {case[0] for case in CASES} == set(ADAPTERS)
+
+
+def test_images_are_found_from_the_folder_above(tmp_path: Path):
+    (tmp_path / "VisualProbe_Hard").mkdir()
+    record = {"images": ["VisualProbe_Hard/images/a.png"], "problem": "What?", "solution": "Acme"}
+    assert len(convert("visualprobe-hard", listed(tmp_path / "VisualProbe_Hard", record)).question().images) == 1
 
 
 def test_options_stand_in_the_question(tmp_path: Path):

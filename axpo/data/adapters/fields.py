@@ -32,6 +32,8 @@ def pictures(value: Any, folder: Path) -> list[Path | bytes]:
     """Images as rows take them, from how they are published: bytes, {bytes, path}, base64, paths, lists of these."""
     if value is None:
         return []
+    if isinstance(value, list) and value and all(isinstance(byte, int) for byte in value):
+        return [bytes(value)]  # as some Parquet writers store binary
     if isinstance(value, list):
         return [picture for one in value for picture in pictures(one, folder)]
     if isinstance(value, dict):

@@ -21,17 +21,23 @@ def vstar(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
 
 
 def visualprobe(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
-    """val.json: image(s) below data/, a question and a short free answer, which a judge compares.
+    """val.json: images (paths from the folder above, or its own), problem, solution, doc_id; a judge compares.
 
-    The card names no features: `problem`/`question`, `solution`/`answer` and `images`/`image` are not verified.
+    These are what training code for it reads (`question` and `answer` in copies of the set); its card names no features.
     """
+    paths = take(record, "images", "image")
+    paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
     return {
-        "id": f"visualprobe/{record.get('doc_id') or record.get('id') or number}",
+        "id": f"visualprobe/{record.get('doc_id') or record.get('question_id') or number}",
         "question": words(take(record, "problem", "question")),
-        "images": pictures(take(record, "images", "image", "image_path"), folder),
+        "images": [_beside(path, folder) for path in paths],
         "answer": take(record, "solution", "answer"),
         "grader": "judge",
     }
+
+
+def _beside(name: str, folder: Path) -> Path:
+    return folder.parent / name if not (folder / name).exists() and (folder.parent / name).exists() else folder / name
 
 
 def hrbench(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:

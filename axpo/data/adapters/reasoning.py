@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from axpo.data.adapters.fields import FieldError, graded, lettered, pictures, take, unboxed, words
+from axpo.data.adapters.fields import FieldError, graded, lettered, pictures, several, take, unboxed, words
 
 
 def mathvision(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
@@ -51,16 +51,22 @@ def dynamath(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any
 
 
 def math_vr(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
-    """question, answer, image or images, id, category.
+    """id, question with <image1> … <image8>, image1 … image8, category, answers, number_of_answers.
 
-    Copies of the set show id, question, analysis, answer, category, image; the benchmark's own card names no features,
-    so these are not verified. A text-only question has no image.
+    These are what its evaluation code reads. A question with several parts is right when all are: a judge compares.
+    The images come before the question, in the order in which it names them.
     """
-    question = words(take(record, "question"))
+    question, answers = str(take(record, "question")), several(take(record, "answers", "answer"))
+    named = [f"image{index}" for index in range(1, 9) if f"<image{index}>" in question]
+    question = words(question)
+    if len(answers) == 1 and int(record.get("number_of_answers") or 1) == 1:
+        rubric = graded(unboxed(answers[0]), question)
+    else:
+        rubric = {"answer": "; ".join(answers), "grader": "judge"}
     return {
-        "id": f"math-vr/{record.get('id') or number}",
+        "id": f"math-vr/{take(record, 'id')}",
         "question": question,
-        "images": pictures(record.get("image") or record.get("images"), folder),
-        **graded(unboxed(take(record, "answer")), question),
-        "meta": {"category": record.get("category")},
+        "images": pictures([take(record, name) for name in named], folder),
+        **rubric,
+        "meta": {"category": record.get("category"), "parts": len(answers)},
     }

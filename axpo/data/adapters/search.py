@@ -21,7 +21,7 @@ def hr_mmsearch(record: dict[str, Any], folder: Path, number: int) -> dict[str, 
 def mmsearch(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
     """sample_id, query, query_image (none for a question of text), gt_answer, alternative_gt_answers, area, subfield.
 
-    These are the names that its evaluation code reads; the card's features could not be read.
+    These are its columns, as lmms-eval reads them too.
     """
     others = several(record.get("alternative_gt_answers") or [])
     return {

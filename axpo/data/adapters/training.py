@@ -22,7 +22,7 @@ def virl39k(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]
 def fvqa(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
     """prompt (text, or messages), images, reward_model {ground_truth, candidate_answers}, data_id, category.
 
-    The names follow MMSearch-R1's records (those of verl); the card itself could not be read. By F1, as the paper does.
+    candidate_answers is a list written as JSON text. By F1, as the paper does.
     """
     prompt, reward = take(record, "prompt"), take(record, "reward_model")
     if not isinstance(reward, dict) or reward.get("ground_truth") is None:
