@@ -23,7 +23,7 @@ def vstar(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
 def visualprobe(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
     """val.json: images (paths from the folder above, or its own), problem, solution, doc_id; a judge compares.
 
-    These are what training code for it reads (`question` and `answer` in copies of the set); its card names no features.
+    These are what training code for it reads (copies have `question`, `answer`); its card names no features.
     """
     paths = take(record, "images", "image")
     paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
