@@ -13,6 +13,8 @@ _TURN = "\N{REPLACEMENT CHARACTER}turn\N{REPLACEMENT CHARACTER}"  # stands for a
 _END_OF_TURN = "<|im_end|>"
 _MARKUP = re.compile(r"<(?=\|[^<>|\s]+\|>|/?(?:think|tool_call|tool_response)>)")
 
+PROMPTS = 256  # that are remembered as token ids
+
 
 class Conversation:
     """How questions, turns and tool results look to one checkpoint with one set of tools."""
@@ -26,13 +28,19 @@ class Conversation:
         if len(ids) != 1:
             raise ValueError(f"{processor.path}: {_END_OF_TURN} is {len(ids)} tokens; turns must end in a single token")
         self.end_of_turn: int = ids[0]
+        self._prompts: dict[str, list[int]] = {}
         # Most calls of a tool answer in the same words, and a template takes longer than a decode step.
         self._observation = lru_cache(maxsize=256)(self._encode_observation)
 
     def prompt(self, messages: list[dict[str, Any]], images: Sequence[ImageInput]) -> list[int]:
         """Token ids of a question, its tools and the generation prompt."""
-        messages = [{**message, "content": _letters(message["content"])} for message in messages]
-        return self.processor.encode(self.processor.render(messages, self.schemas), images)
+        key = repr(messages)
+        if key not in self._prompts:  # questions that differ in their image alone are written alike
+            if len(self._prompts) >= PROMPTS:
+                self._prompts.clear()
+            letters = [{**message, "content": _letters(message["content"])} for message in messages]
+            self._prompts[key] = self.processor.encode_text(self.processor.render(letters, self.schemas))
+        return self.processor.expand(self._prompts[key], images)
 
     def observation(self, results: Sequence[ToolResult], images: Sequence[ImageInput]) -> list[int]:
         """Token ids of the tool responses that follow a turn's <|im_end|>, with the next generation prompt."""

@@ -83,6 +83,7 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
         device=device(),
         kv_cache_bytes=config.rollout.kv_cache_bytes,
         max_batch_tokens=config.rollout.max_batch_tokens,
+        enable_prefix_caching=False,  # what branches share they fork, and blocks need no hashes
     )
     return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
 

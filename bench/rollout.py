@@ -7,7 +7,8 @@ weights, dtype, threads, prompts with images, sampling (temperature 1) and stop 
 loop, which also returns the log-prob and exact entropy of each token, parses and grades. transformers gets what its
 `generate` offers: `num_return_sequences` on the first turn, and on later turns the whole conversation of every rollout
 that called a tool, longest together. It runs with each of the given batch sizes and its best one counts. Warm-up runs
-are not timed; the median of the repeats is.
+are not timed; the median of the repeats is. One row is the floor: the matrix products of the same rollout and nothing
+else, by torch, which is also the largest ratio that this machine allows.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
+from rollout_floor import Products
 
 from axpo.conversation import Conversation
 from axpo.metrics import table
@@ -62,16 +64,17 @@ def main() -> None:
     args = parser.parse_args()
 
     path = model_directory(args.model)
-    llm = LLM(path, dtype=torch.float32, kv_cache_bytes=1 << 28)
+    llm = LLM(path, dtype=torch.float32, kv_cache_bytes=1 << 28, enable_prefix_caching=False)  # as in training
     conversation = Conversation(llm.processor, get_tools(["image_zoom_in"]))
     task = get_task("mini")
     questions = [task.question("train", index) for index in range(args.questions)]
     limits = Limits(max_turns=args.turns, max_new_tokens=args.max_new_tokens, max_tokens=MAX_TOKENS)
-    rows = [{"system": "axpo", **measure(ours(llm, conversation, questions, limits, args.rollouts), args.repeats)}]
+    run = ours(llm, conversation, questions, limits, args.rollouts)
+    rows = [{"system": "axpo", **measure(run, args.repeats)}, floor(llm, run, args.repeats)]
     for batch in args.peer_batches:
         run = transformers_generate(path, conversation, questions, limits, args.rollouts, batch)
         rows.append({"system": f"transformers generate, batch {batch}", **measure(run, args.repeats)})
-    best = max(row["tokens_per_s"] for row in rows[1:])
+    best = max(row["tokens_per_s"] for row in rows if row["system"].startswith("transformers"))
     for row in rows:
         row["ratio"] = row["tokens_per_s"] / best
     shares = step_shares(args.model, args.steps) if args.steps else {}
@@ -90,6 +93,14 @@ def measure(run: Callable[[int], int], repeats: int) -> dict[str, float]:
         tokens = run(seed)
         rates.append(tokens / (time.perf_counter() - start))
     return {"tokens": tokens, "tokens_per_s": statistics.median(rates)}
+
+
+def floor(llm: LLM, run: Callable[[int], int], repeats: int) -> dict[str, Any]:
+    """What the matrix products of the last timed run allow at most; the rest of a rollout comes on top."""
+    counts: list[int] = []
+    products = Products.of(llm, lambda: counts.append(run(repeats)))
+    best = min(products.seconds(llm) for _ in range(repeats + 1))
+    return {"system": "axpo's matrix products alone", "tokens": counts[0], "tokens_per_s": counts[0] / best}
 
 
 def ours(

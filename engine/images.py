@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+ORDERS = 64  # sizes of images whose order of patches is remembered
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
@@ -49,7 +51,8 @@ class ImageProcessor:
         if config.do_normalize:
             mean, std = (np.asarray(list(x), dtype=np.float32)[:, None] for x in (config.image_mean, config.image_std))
             values = (values - mean) / std
-        self._table = values
+        self._table = np.ascontiguousarray(values).ravel()
+        self._orders: dict[tuple[int, int], tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]] = {}
 
     def __call__(self, rgb: Image.Image) -> ImageInput:
         """Raises ValueError when one side is more than 200 times the other."""
@@ -59,16 +62,29 @@ class ImageProcessor:
             )
             rgb = rgb.resize((width, height), self._resample)
         pixels = np.asarray(rgb)
-        patches = self._patchify(np.stack([self._table[c][pixels[..., c]] for c in range(3)]))
         height, width = rgb.height // self._patch, rgb.width // self._patch
         key = hashlib.blake2b(pixels.tobytes() + b"%dx%d" % (height, width), digest_size=16).digest()
-        return ImageInput(torch.from_numpy(patches), (1, height, width), height * width // self._merge**2, key)
+        patches = torch.from_numpy(self._patchify(pixels))
+        return ImageInput(patches, (1, height, width), height * width // self._merge**2, key)
 
-    def _patchify(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """[3, H, W] -> [patches, 3 * frames * patch²], patches in merge x merge blocks, the image as every frame."""
-        channels, height, width = pixels.shape
-        patch, merge = self._patch, self._merge
-        rows, columns = height // (patch * merge), width // (patch * merge)
-        blocks = pixels.reshape(channels, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
-        frames = np.broadcast_to(blocks[:, :, :, :, :, None], (*blocks.shape[:5], self._frames, patch, patch))
-        return frames.reshape(rows * columns * merge**2, -1)
+    def _patchify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """[H, W, 3] -> [patches, 3 * frames * patch²], patches in merge x merge blocks, the image as every frame."""
+        order, row = self._order(*pixels.shape[:2])
+        values = self._table[pixels.ravel()[order] + row]
+        out = np.empty((len(values), 3, self._frames, self._patch**2), dtype=np.float32)
+        out[:] = values.reshape(len(values), 3, 1, -1)
+        return out.reshape(len(values), -1)
+
+    def _order(self, height: int, width: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]:
+        """Of an image of this size: which of its [H, W, 3] bytes each value of a frame's patches comes from, [patches,
+        3 * patch²], and where that channel's values begin in the table, [3 * patch²]."""
+        if (height, width) not in self._orders:
+            patch, merge = self._patch, self._merge
+            index = np.arange(height * width * 3).reshape(height, width, 3).transpose(2, 0, 1)
+            rows, columns = height // (patch * merge), width // (patch * merge)
+            blocks = index.reshape(3, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
+            if len(self._orders) >= ORDERS:
+                self._orders.clear()
+            row = np.repeat(np.arange(3, dtype=np.int16) * 256, patch**2)
+            self._orders[height, width] = blocks.reshape(rows * columns * merge**2, -1), row
+        return self._orders[height, width]

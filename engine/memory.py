@@ -16,6 +16,7 @@ class KVCache:
     """[layers, 2 (K, V), blocks, kv_heads, block_size, head_dim] in the compute dtype.
 
     A head's tokens are contiguous inside a block, so that attention reads rows of `block_size * head_dim` values.
+    whole_blocks: a block's tokens do not lie one behind the other (kernels.packed), so it is copied as a whole.
     """
 
     def __init__(self, config: TextConfig, num_bytes: int, block_size: int, dtype: torch.dtype, device: torch.device):
@@ -26,6 +27,7 @@ class KVCache:
         self.num_blocks = num_bytes // self.bytes_per_block
         self.blocks_copied = 0
         self.tokens_copied = 0
+        self.whole_blocks = False
         if self.num_blocks < 2:
             raise ValueError(
                 f"the KV cache is to have {num_bytes} bytes; this model needs {self.bytes_per_block} bytes a block of "
@@ -55,11 +57,13 @@ class KVCache:
         return self.data[index, 0], self.data[index, 1]
 
     def copy(self, copies: list[BlockCopy]) -> None:
-        """Runs copy-on-write for all layers in one call; only valid tokens move."""
+        """Runs copy-on-write for all layers in one call; only valid tokens move, unless blocks are kept whole."""
         columns = torch.tensor([(copy.src, copy.dst, copy.valid) for copy in copies], dtype=torch.int64).T.contiguous()
         if self._device.type == "cuda":  # so that the host need not wait for a step that runs
             columns = columns.pin_memory()
         src, dst, valid = columns.to(self._device, non_blocking=True)
+        if self.whole_blocks:
+            valid = torch.full_like(valid, self._per_block[1])
         copy_blocks(self.data, src, dst, valid)
         self.blocks_copied += len(copies)
         self.tokens_copied += sum(copy.valid for copy in copies)

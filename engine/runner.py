@@ -14,7 +14,7 @@ from engine.batch import DecodeBatch
 from engine.graphs import DecodeGraphs
 from engine.images import ImageInput
 from engine.logits import details
-from engine.models import Qwen3VL, VisionFeatures, VisionInput
+from engine.models import PackedModel, PackedVision, Qwen3VL, VisionFeatures, VisionInput
 from engine.positions import positions
 from engine.scheduler import Chunk, Request
 from kernels import linear_sample, sample
@@ -55,6 +55,9 @@ class Runner:
         self.device = next(model.parameters()).device
         self.vision = VisionCache(model, vision_cache_bytes)
         self.graphs: DecodeGraphs | None = None
+        self.packed: PackedModel | None = None
+        if isinstance(attention, Ours) and PackedModel.serves(model, attention.kv):
+            self.packed = PackedModel(model, attention.kv)
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
 
     def use_graphs(self, max_rows: int, capture: bool) -> None:
@@ -66,7 +69,9 @@ class Runner:
 
     def weights_updated(self) -> None:
         """Drops what was computed from the old weights."""
-        self.vision.clear()
+        self.vision.weights_updated()
+        if self.packed is not None:
+            self.packed.refresh()
         if self.graphs is not None:
             self.graphs.weights_updated()
 
@@ -74,16 +79,20 @@ class Runner:
     def step(self, batch: DecodeBatch, chunks: list[Chunk]) -> Sampled:
         """Computes the rows' and the chunks' tokens and samples a token for all that are complete and want one."""
         computed = [chunk for chunk in chunks if chunk.stop > chunk.start]
-        hidden = None
+        rows: list[Tensor] = []
+        requests: list[Request] = []
         if len(batch) or computed:
-            packed = pack(batch, computed, self.block_size)
-            hidden = self.model(
-                self._tensor(packed.token_ids),
-                self._tensor(packed.position_ids),
-                self.attention.step(packed),
-                self._vision(computed, len(batch)),
-            )
-        rows, requests = self._last_rows(hidden, computed, len(batch))
+            last, ends = last_rows(computed, len(batch))
+            hidden = self._hidden(pack(batch, computed, self.block_size), last, self._vision(computed, len(batch)))
+            keep = list(range(len(batch)))
+            for row, chunk in enumerate(ends, len(batch)):
+                if chunk.request.samples:
+                    keep.append(row)
+                    requests.append(chunk.request)
+                else:  # it is only prefilled
+                    chunk.request.sequence.last_hidden = hidden[row].clone()
+            if keep:
+                rows.append(hidden if len(keep) == len(hidden) else hidden[keep])
         for chunk in chunks:
             chunk.request.sequence.num_computed = chunk.stop
             if chunk.start == chunk.stop and chunk.request.samples:
@@ -92,28 +101,13 @@ class Runner:
                 requests.append(chunk.request)
         return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
 
-    def _last_rows(self, hidden: Tensor | None, chunks: list[Chunk], row: int) -> tuple[list[Tensor], list[Request]]:
-        """The hidden rows to sample from: all decoding rows, and the last row of each chunk that ends its sequence.
-
-        A request that only prefills leaves its last row with the sequence.
-        """
-        if hidden is None:
-            return [], []
-        last, requests, decoding = [], [], row
-        for chunk in chunks:
-            row += chunk.stop - chunk.start
-            sequence = chunk.request.sequence
-            if chunk.stop == len(sequence):
-                if chunk.request.samples:
-                    last.append(row - 1)
-                    requests.append(chunk.request)
-                else:
-                    sequence.last_hidden = hidden[row - 1].clone()
-        if not last:
-            return [hidden[:decoding]] if decoding else [], requests
-        if decoding + len(last) == len(hidden):
-            return [hidden], requests
-        return [hidden[self._tensor(np.concatenate([np.arange(decoding), last]))]], requests
+    def _hidden(self, packed: Packed, rows: npt.NDArray[np.int64], vision: VisionInput | None) -> Tensor:
+        """Final hidden states of some rows of the step, [n, H]."""
+        if self.packed is not None:
+            return self.packed.hidden(packed, self._tensor(rows), vision)
+        tokens, positions = self._tensor(packed.token_ids), self._tensor(packed.position_ids)
+        hidden = self.model(tokens, positions, self.attention.step(packed), vision)
+        return hidden if len(rows) == len(hidden) else hidden[self._tensor(rows)]
 
     def _vision(self, chunks: list[Chunk], row: int) -> VisionInput | None:
         """The rows of the images' features that fall into the chunks, and where they go in the packed batch."""
@@ -185,6 +179,18 @@ class Runner:
 NOTHING = Sampled([], np.empty(0, dtype=np.int64), [], [])
 
 
+def last_rows(chunks: list[Chunk], row: int) -> tuple[npt.NDArray[np.int64], list[Chunk]]:
+    """Packed rows whose hidden states are of use: the `row` decoding rows, then the last one of each chunk that ends
+    its sequence; and these chunks."""
+    last, ends = list(range(row)), []
+    for chunk in chunks:
+        row += chunk.stop - chunk.start
+        if chunk.stop == len(chunk.request.sequence):
+            last.append(row - 1)
+            ends.append(chunk)
+    return np.asarray(last, dtype=np.int64), ends
+
+
 def pack(batch: DecodeBatch, chunks: list[Chunk], block_size: int) -> Packed:
     """Lays out a step. Without chunks it is a few array operations, however many rows there are."""
     n = len(batch)
@@ -227,6 +233,8 @@ class VisionCache:
     def __init__(self, model: Qwen3VL, max_bytes: int):
         self.model = model
         self.max_bytes = max_bytes
+        tower = model.model.visual if model.config.vision is not None else None
+        self._packed = PackedVision(tower) if tower is not None and PackedVision.serves(tower) else None
         self.encoded = 0
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
@@ -239,13 +247,21 @@ class VisionCache:
         self._entries.clear()
         self._bytes = 0
 
+    def weights_updated(self) -> None:
+        self.clear()
+        if self._packed is not None:
+            self._packed.refresh()
+
     def encode(self, images: list[ImageInput]) -> dict[bytes, VisionFeatures]:
         """Features of all `images` by key; the ones not cached are encoded in one packed pass."""
         new = {image.key: image for image in images if image.key not in self._entries}
         if new:
             device = next(self.model.parameters()).device
             pixels = torch.cat([image.pixel_values for image in new.values()]).to(device)
-            features = self.model.model.visual(pixels, torch.tensor([image.grid_thw for image in new.values()]))
+            grids = [image.grid_thw for image in new.values()]
+            features = (
+                self._packed(pixels, grids) if self._packed else self.model.model.visual(pixels, torch.tensor(grids))
+            )
             row = 0
             for key, image in new.items():
                 self._entries[key] = features.rows(row, row + image.num_tokens)

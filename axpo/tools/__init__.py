@@ -12,6 +12,8 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from PIL import Image
 
+from axpo.tools.schema import surely_valid
+
 if TYPE_CHECKING:
     from axpo.config import Config
 
@@ -80,6 +82,8 @@ class Tool(ABC):
         return Draft202012Validator(self.parameters)
 
     def _argument_problem(self, arguments: Mapping[str, Any]) -> str | None:
+        if surely_valid(self.parameters, arguments):
+            return None
         error = best_match(self._validator.iter_errors(dict(arguments)))
         if error is None:
             return None

@@ -57,7 +57,7 @@ class ImageZoomIn(Tool):
             box = pixel_box(arguments["bbox_2d"], image.size, self.min_side)
         except ValueError as error:
             return ToolResult.failure(str(error))
-        return ToolResult(ok=True, images=[image.convert("RGB").crop(box)])
+        return ToolResult(ok=True, images=[image.crop(box).convert("RGB")])
 
 
 def pixel_box(bbox: list[float], size: tuple[int, int], min_side: int) -> tuple[int, int, int, int]:

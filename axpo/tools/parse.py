@@ -62,6 +62,8 @@ def parse_calls(
     An `error` is written for the model to read.
     A call that is never closed reaches to the next opening tag or to the end of the turn's text.
     """
+    if markup.tool_call not in tokens:
+        return []
     end_of_text = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
     calls: list[ParsedCall] = []
     start: int | None = None

@@ -2,11 +2,15 @@
 
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
 from engine.models.fused import adjacent_parameters, fuse_projections, pack_projections
+from engine.models.packed import PackedModel
+from engine.models.packed_vision import PackedVision
 from engine.models.qwen3_vl import Predict, Qwen3VL
 from engine.models.vision import VisionFeatures, VisionInput
 
 __all__ = [
     "ModelConfig",
+    "PackedModel",
+    "PackedVision",
     "Predict",
     "Qwen3VL",
     "TextConfig",

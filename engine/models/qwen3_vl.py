@@ -125,13 +125,13 @@ def mrope(position_ids: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
     Of the frequencies, numbers 1, 4, 7, … take the height and 2, 5, 8, … the width, as far as `mrope_section` reaches;
     all others take the time.
     """
-    axis, frequencies = _mrope_table(config, position_ids.device)
+    axis, frequencies = mrope_table(config, position_ids.device)
     angles = position_ids.float()[axis].T * frequencies
     return angles.cos(), angles.sin()
 
 
 @cache
-def _mrope_table(config: TextConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def mrope_table(config: TextConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """The axis (0 time, 1 height, 2 width) of each rotary frequency, and the frequency: both [D / 2]."""
     with torch.inference_mode(False):  # also training reads them
         number = torch.arange(config.head_dim // 2, device=device)

@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         frames = [(height, width) for time, height, width in grid_thw.tolist() for _ in range(time)]
         segments = [height * width for height, width in frames]
         # Frames of one size share what depends on the size alone.
-        tables = {frame: self._tables(*frame, pixel_values.device) for frame in dict.fromkeys(frames)}
+        tables = {frame: self.tables(*frame, pixel_values.device) for frame in dict.fromkeys(frames)}
         positions, cos, sin = (torch.cat([tables[frame][i] for frame in frames]) for i in range(3))
         x = self.patch_embed(pixel_values)
         x = x + positions.to(x.dtype)
@@ -75,7 +75,7 @@ class VisionTower(nn.Module):
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
         return VisionFeatures(self.merger(x), tuple(deepstack))
 
-    def _tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of a frame of height x width patches: learned positions [P, hidden], and cos, sin [P, head_dim / 2]."""
         rows, cols = (axis.to(device) for axis in frame_layout(height, width, self.config.spatial_merge_size))
         return self._positions(rows, cols, height, width), *self._rope(rows, cols)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from axpo.images import check_image
 from axpo.tools import Tool, ToolResult, get_tools
 from axpo.tools.image_zoom_in import ImageZoomIn, pixel_box
+from axpo.tools.schema import surely_valid
 
 ZOOM = ImageZoomIn(min_side=1)
 
@@ -266,3 +268,29 @@ class Shout(Tool):
 
     def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
         return ToolResult(True, arguments["text"].upper())
+
+
+# The quick look at arguments.
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 1003) | st.floats() | st.sampled_from(["", "it"]),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["bbox_2d", "label", "img_idx", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+@settings(deadline=None, max_examples=300)
+def test_what_is_surely_valid_is_valid(value: Any) -> None:
+    if surely_valid(ZOOM.parameters, value):
+        assert Draft202012Validator(ZOOM.parameters).is_valid(value)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 9, 9], [0.5, 1, 2, 3.25]])
+def test_ordinary_arguments_are_surely_valid(box: list[float]) -> None:
+    arguments = {"bbox_2d": box, "label": "it"}
+    assert surely_valid(ZOOM.parameters, arguments) and surely_valid(ZOOM.parameters, arguments | {"img_idx": 2})
+    assert not surely_valid(ZOOM.parameters, arguments | {"img_idx": -1})
+    assert not surely_valid({"pattern": "a"}, "a"), "an unknown keyword is left to the validator"

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from engine import LLM
 from engine.images import ImageInput
+from engine.models import VisionInput
+from engine.runner import Packed
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
 
 SIZES = [(32, 32), (24, 48), (64, 16), (8, 8), (37, 53)]
@@ -43,10 +45,16 @@ def prefill_logits(llm: LLM, tokens: list[int], images: list[ImageInput]) -> tor
     """All positions' logits through the engine's own paged forward."""
     captured: list[torch.Tensor] = []
     llm.reset_prefix_cache()
-    hook = llm.model.register_forward_hook(lambda _m, _a, out: captured.append(out.clone()))
+    some_rows = llm.runner._hidden
+
+    def every_row(packed: Packed, rows: np.ndarray, vision: VisionInput | None) -> torch.Tensor:
+        captured.append(some_rows(packed, np.arange(len(packed.token_ids)), vision))
+        return captured[-1][llm.runner._tensor(rows)]
+
+    llm.runner._hidden = every_row
     with llm.open({"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}) as sequence:
         llm.prefill([sequence])
-    hook.remove()
+    llm.runner._hidden = some_rows
     return llm.model.logits(torch.cat(captured))
 
 
