@@ -65,15 +65,19 @@ class Model(_Section):
 
 class Data(_Section):
     task: Literal["mini", "jsonl"] = Field(
-        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (your own questions and images)"
+        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (rows of your own, Parquet too)"
     )
     path: str = Field(
         default="",
-        description="task 'jsonl': file of rows to train on, {id, question, images: [paths], answer}; axpo.sft: "
-        "{id, messages}, conversations",
+        description="task 'jsonl': .jsonl, .parquet or .arrow file of rows {id, question, images, answer, …} "
+        "(docs/data.md), or a folder of them, to train on",
     )
     heldout_path: str = Field(
         default="", description="task 'jsonl': the same for evaluation; empty needs eval.questions = 0"
+    )
+    check_rows: CountOrOff = Field(
+        default=2_000,
+        description="task 'jsonl': rows of a file, evenly spread, that are checked before the run starts; 0: all",
     )
 
     @model_validator(mode="after")
@@ -331,12 +335,33 @@ class Checkpoint(_Section):
 
 class Eval(_Section):
     questions: CountOrOff = Field(default=256, description="held-out questions; 0: no evaluation")
-    samples: Count = Field(default=4, description="rollouts a question, k of Pass@k")
+    samples: Count = Field(default=4, description="rollouts a question, n of Pass@k")
+    k: CountOrOff = Field(default=0, description="k of Pass@k, unbiased for k up to eval.samples; 0: eval.samples")
     temperature: float = Field(default=0.7, ge=0.0, le=10.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.8, gt=0.0, le=1.0, description="nucleus sampling; 1 is off")
     top_k: CountOrOff = Field(default=20, description="top-k sampling; 0 is off")
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="subtracted from the logits of tokens that a turn has sampled; 0 is off",
+    )
     max_turns: Count = Field(default=5, description="turns of a trajectory; its limits in tokens are rollout's")
     every: CountOrOff = Field(default=0, description="steps between evaluations; 0: only before and after the run")
+    benchmarks: list[str] = Field(
+        default=[], description="of axpo.evaluate: files of rows, each PATH or NAME=PATH, and embedded tasks by name"
+    )
+    limit: CountOrOff = Field(default=0, description="of axpo.evaluate: first questions of a benchmark; 0: all")
+    repeats: Count = Field(default=1, description="of axpo.evaluate: times a benchmark is sampled, for a spread")
+    out: str = Field(
+        default="", description="of axpo.evaluate: folder of its results; empty: benchmarks in the run's directory"
+    )
+
+    @model_validator(mode="after")
+    def _k_of_samples(self) -> Eval:
+        if self.k > self.samples:
+            raise ValueError(f"eval.k = {self.k}: Pass@k needs as many samples; set eval.samples to {self.k} or more")
+        return self
 
 
 class Log(_Section):
@@ -395,6 +420,24 @@ class Config(_Section):
         return self
 
 
+class Collect(_Section):
+    out: str = Field(default="", description="folder of the result; empty: collected in the run's directory")
+    samples: Count = Field(default=4, description="trajectories a question")
+    limit: CountOrOff = Field(default=0, description="first training questions that are asked; 0: all")
+    batch_size: Count = Field(default=64, description="questions rolled out at once, which is what a crash can lose")
+    rows: bool = Field(default=True, description="write the right trajectories; off: outcomes alone")
+
+
+class CollectConfig(Config):
+    """Teacher trajectories on the task's training questions (axpo.collect), sampled by the eval section's fields."""
+
+    collect: Collect = Collect()
+
+    @model_validator(mode="after")
+    def _heldout_rows(self) -> CollectConfig:
+        return self  # none are asked
+
+
 class Sft(_Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
     examples: Count = Field(default=20000, description="task 'mini': different teacher trajectories of an epoch")
@@ -403,6 +446,10 @@ class Sft(_Section):
     )
     tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
     max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")
+    heldout_examples: CountOrOff = Field(
+        default=0, description="last examples, which are not trained on: their loss is heldout/loss"
+    )
+    heldout_every: CountOrOff = Field(default=0, description="steps between these; 0: only after the first and last")
     image_label_weight: float = Field(
         default=0.0, ge=0.0, le=10.0, description="task 'mini': weight of naming what every image token shows; 0 is off"
     )

@@ -1,4 +1,7 @@
-"""Pass@1, Pass@k and tool use on held-out questions: `python -m axpo.evaluate [recipe] [--section.field value …]`."""
+"""Pass@1, Pass@k and tool use: `[torchrun] -m axpo.evaluate [recipe] [--section.field value …]`.
+
+On held-out questions of the task, as a run does before and after; on benchmarks with `--eval.benchmarks`.
+"""
 
 import math
 from collections.abc import Iterable
@@ -69,17 +72,11 @@ def evaluate(agent: "Agent", task: "Task", config: Config, step: int) -> Evaluat
     The noise is the same at every evaluation of a run, so that before and after differ by the policy alone.
     None on every rank when the agent of any was interrupted before its questions were done.
     """
+    from axpo.benchmarks import eval_limits
     from axpo.distributed import gather_objects, rank, world_size
-    from axpo.rollout import InterruptedRollouts, Limits
+    from axpo.rollout import InterruptedRollouts
 
-    limits = Limits(
-        max_turns=config.eval.max_turns,
-        max_new_tokens=config.rollout.max_new_tokens,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        top_k=config.eval.top_k,
-    )
+    limits = eval_limits(config)
     mine = list(range(config.eval.questions))[rank() :: world_size()]
     results: list[tuple[int, QuestionResult]] = []
     for start in range(0, len(mine), _BATCH):
@@ -148,21 +145,37 @@ def _mean(values: list[float]) -> float | None:
 
 
 def main() -> None:
-    """Evaluates `model.path` and prints the table."""
+    """Evaluates `model.path`, on `eval.benchmarks` or on held-out questions of the task, and prints the table."""
     config = load_config(Config, prog="axpo.evaluate", recipe="mini")
     from rich.console import Console
 
     from axpo import distributed
-    from axpo.inputs import check_inputs, make_agent
+    from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
+    from axpo.inputs import check_heldout, check_sampling, make_agent
+    from axpo.scores import scores_table
 
     try:
         distributed.initialise(distributed.device(), config.run.timeout_s)
-        inputs = check_inputs(config)
+        inputs = check_sampling(config)
+        tasks = open_benchmarks(config)
+        if not tasks:
+            check_heldout(config, inputs.task)
+        for task in tasks.values():
+            inputs.grader.check(task.kinds())
+        results = Results(config) if tasks else None
     except (ValueError, OSError) as error:
         exit_with("axpo.evaluate", error)
-    result = evaluate(make_agent(config, inputs), inputs.task, config, step=0)
-    if distributed.rank() == 0 and result is not None:
-        Console().print(comparison([(config.model.path, result)]))
+    agent = make_agent(config, inputs)
+    if results is not None:
+        shown = scores_table(run_benchmarks(agent, tasks, config, results), config.model.path)
+    else:
+        evaluated = evaluate(agent, inputs.task, config, step=0)
+        assert evaluated is not None  # nothing interrupts it
+        shown = comparison([(config.model.path, evaluated)])
+    if distributed.rank() == 0:
+        Console().print(shown)
+        if results is not None:
+            print(f"results {results.path}")
     distributed.finish()
 
 

@@ -1,6 +1,7 @@
 """Checks of images that come from outside, so that a bad one is one clear message."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,15 +26,20 @@ def check_image(image: Image.Image, name: str) -> None:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
-def load_image(path: Path) -> Image.Image:
-    """The image as RGB, upright; ValueError when it is missing or cannot be decoded."""
+def load_image(source: Path | bytes, name: str = "the image") -> Image.Image:
+    """The image in a file or in its bytes (`name` for messages) as RGB, upright.
+
+    Raises:
+        ValueError: it is missing, not an image, has too many pixels, or cannot be decoded.
+    """
+    name = name if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(path) as image:
-            check_image(image, str(path))
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            check_image(image, name)
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be decoded: not an image format that Pillow knows") from None
+        raise ValueError(f"{name} cannot be decoded: not an image format that Pillow knows") from None
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{name} cannot be read: {error}") from None

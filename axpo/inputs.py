@@ -39,6 +39,26 @@ def check_inputs(config: Config) -> Inputs:
         ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
     """
     check_replicas(config.train.replicas)
+    if config.rollout.questions_per_step % world_size():
+        raise ValueError(
+            f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
+            "ranks, which share the questions evenly"
+        )
+    inputs = check_sampling(config)
+    check_fits(config, device())
+    check_sinks(config.log)
+    check_heldout(config, inputs.task)
+    return inputs
+
+
+def check_heldout(config: Config, task: Task) -> None:
+    """ValueError when the task has fewer held-out questions than are asked."""
+    if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
+        raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
+
+
+def check_sampling(config: Config) -> Inputs:
+    """What rolling out needs of `check_inputs`, which raises the same."""
     source = model_directory(config.model.path)
     model = ModelConfig.from_pretrained(source)
     check_weights(source)
@@ -47,16 +67,7 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.max_tokens = {config.rollout.max_tokens}: the model's context is "
             f"{model.text.max_position_embeddings} tokens; set it to that or less"
         )
-    if config.rollout.questions_per_step % world_size():
-        raise ValueError(
-            f"rollout.questions_per_step = {config.rollout.questions_per_step}: not a multiple of the {world_size()} "
-            "ranks, which share the questions evenly"
-        )
-    check_fits(config, device())
-    check_sinks(config.log)
     task = _task(config)
-    if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
-        raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
     grader = Grader(config.judge)
     grader.check(task.kinds())
     tools = get_tools(config.rollout.tools, tool_options(config))
@@ -96,5 +107,6 @@ def make_learner(config: Config, source: Path) -> Learner:
 
 def _task(config: Config) -> Task:
     if config.data.task == "jsonl":
-        return get_task("jsonl", path=config.data.path, heldout_path=config.data.heldout_path)
+        data = config.data
+        return get_task("jsonl", path=data.path, heldout_path=data.heldout_path, check_rows=data.check_rows)
     return get_task(config.data.task)

@@ -151,6 +151,19 @@ class Learner:
         entropies = torch.cat([tokens.entropies[tokens.weights > 0] for tokens in rows])
         return metrics | {"policy/entropy": gather_columns(entropies[None]).double().mean().item()}
 
+    @torch.no_grad()
+    def sft_loss(self, batches: Sequence[PackedBatch]) -> float:
+        """What `sft_step` would minimise, over all ranks. ValueError: no rank has a trained token."""
+        if not self._trains(batches):
+            raise ValueError("no rank has a trained token in these rows")
+        denominator = all_reduce(self._denominator(batches), self.device)
+        total = 0.0
+        for batch in self._equal_rounds(batches):
+            logprobs, _ = score(self.model, batch, self.temperature)
+            total -= (logprobs * batch.weights).sum().item()
+        reshard(self.model)
+        return all_reduce(total, self.device) / denominator
+
     def replay(self, minibatch: Minibatch) -> None:
         """Makes again the update that `minibatch` was kept from; raises NonFiniteError as it did."""
         assert self.loss is not None

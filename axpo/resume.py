@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 # What may differ on a resume, because it changes nothing that is computed. run.steps may only grow.
 _FREE = ("run.name", "run.dir", "run.resume", "run.steps", "run.time_limit", "run.timeout_s")
+_FREE_EVALUATE = ("eval.benchmarks", "eval.limit", "eval.repeats", "eval.k", "eval.out", "data.check_rows")
 _FREE_MEMORY = ("rollout.kv_cache_bytes", "rollout.max_batch_tokens")
 _FREE_SECTIONS = ("checkpoint", "log", "debug")
 _WHY = {
@@ -55,7 +56,7 @@ class Identity:
 def fixed_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """{'section.field': value} of a dumped configuration or a parsed config.toml, without what a resume may change."""
     flat = {f"{s}.{name}": value for s, fields in sections.items() for name, value in fields.items()}
-    free = _FREE + _FREE_MEMORY
+    free = _FREE + _FREE_EVALUATE + _FREE_MEMORY
     return {name: v for name, v in flat.items() if name not in free and name.split(".")[0] not in _FREE_SECTIONS}
 
 

@@ -34,6 +34,7 @@ class Limits:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    presence_penalty: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +58,12 @@ class Branch:
     calls: list[ToolCall] = field(default_factory=list)
     status: Status | None = None
     reward: float = 0.0
+    score: float = 0.0
     grade_error: str | None = None
     grading: bool = False
     """Its answer is being compared on a worker thread; then it has ended."""
+    observations: list[Sequence[ToolResult]] = field(default_factory=list)
+    """What the tools answered, a turn each."""
     sessions: dict[str, Tool] = field(default_factory=dict)
     """The tools with state that it has called; they end with the branch."""
 
@@ -77,7 +81,8 @@ class Branch:
         return made
 
     def take_grade(self, grade: Grade) -> None:
-        self.reward, self.grade_error, self.grading = grade.reward, grade.error, False
+        self.reward, self.score = grade.reward, grade.score
+        self.grade_error, self.grading = grade.error, False
 
     def end_sessions(self) -> None:
         for tool in self.sessions.values():
@@ -327,6 +332,7 @@ class Agent:
             temperature=limits.temperature,
             top_p=limits.top_p,
             top_k=limits.top_k,
+            presence_penalty=limits.presence_penalty,
             max_tokens=room,
             seed=branch.seed,
             stop_token_ids=(self.conversation.end_of_turn,),
@@ -376,6 +382,7 @@ class Agent:
         if len(branch.sequence) + len(tokens) >= limits.max_tokens:
             branch.status = "length"
             return
+        branch.observations.append(results)
         branch.sequence.extend(tokens, images)
         branch.record(OBSERVATION, [None] * len(tokens), [None] * len(tokens))
         branch.turn_start = len(branch.sequence)

@@ -77,12 +77,13 @@ class Run:
             ) from error
 
     def questions(self, step: int) -> list[tuple[int, Question]]:
-        """(group number, question) of step 1, 2, … for all ranks: the training split, shuffled anew every epoch."""
+        """This rank's (group number, question)s of step 1, 2, …: the training split, shuffled anew every epoch."""
         count, size = self.config.rollout.questions_per_step, self.inputs.task.size("train")
         ahead = (step - self.life.step - 1) * count  # 0, or with rollout.overlap the groups of the step in training
         drawn = range(self.life.consumed + ahead, self.life.consumed + ahead + count)
         order = [shuffled(self.config.run.seed, position, size) for position in drawn]
-        return [(group, self.inputs.task.question("train", index)) for group, index in enumerate(order)]
+        mine = list(enumerate(order))[rank() :: world_size()]  # what others ask is not read here
+        return [(group, self.inputs.task.question("train", index)) for group, index in mine]
 
     def explore(self, step: int) -> Exploration:
         """This rank's share of the step's questions, rolled out and resampled."""
@@ -93,9 +94,8 @@ class Run:
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
         )
-        questions = self.questions(step)
-        mine = questions[rank() :: world_size()]
-        return explore(self.agent, step, mine, len(questions), limits, self.config.algo, self.config.run.seed)
+        total = rollout.questions_per_step
+        return explore(self.agent, step, self.questions(step), total, limits, self.config.algo, self.config.run.seed)
 
     def unless_stopped(self, explore: Callable[[int], Exploration], step: int) -> Exploration | None:
         """What `explore` returns; None on every rank when any was asked to stop, before it or in it."""

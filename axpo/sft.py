@@ -97,6 +97,11 @@ def tune(
                 batches = pack_trees(dataset.batch(step), config.train.micro_batch_tokens, learner.flops)
             with spans("train"):
                 metrics = learner.sft_step(batches)
+            every = config.sft.heldout_every
+            if config.sft.heldout_examples and (step in (1, config.run.steps) or (every and step % every == 0)):
+                with spans("heldout"):
+                    rows = pack_trees(dataset.heldout(), config.train.micro_batch_tokens, learner.flops)
+                    metrics["heldout/loss"] = learner.sft_loss(rows)
             seconds = spans.metrics()
             flops = all_reduce(sum(map(learner.flops, batches)), device)
             log.log(step, metrics | telemetry.metrics(seconds, flops) | seconds)

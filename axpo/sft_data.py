@@ -8,10 +8,10 @@ import numpy as np
 
 from axpo.config import SftConfig
 from axpo.conversation import Conversation
+from axpo.data import Rows
 from axpo.order import shuffled
-from axpo.resume import hash_files
 from axpo.tasks import fingerprint, get_task
-from axpo.tasks.conversations import ConversationFile
+from axpo.tasks.conversations import conversation_row
 from axpo.tasks.teacher import STYLES, Row, sft_row
 from axpo.tools import tool_class
 from axpo.trajectory import PROMPT, SAMPLED, Trajectory
@@ -32,26 +32,39 @@ class SftData:
         self.config = config
         self.rank, self.world_size = rank, world_size
         self.processor = Processor.from_pretrained(source)
-        self._file: ConversationFile | None = None
+        self._file: Rows | None = None
         if config.data.task == "jsonl":
-            self._file = ConversationFile(config.data.path)
+            self._file = Rows(config.data.path)
+            self._file.check(config.data.check_rows, conversations=True)
             self._conversation = Conversation(self.processor, {})
             # Nothing is called here, so that a search without its key can be offered.
             self._conversation.schemas = [tool_class(name).function() for name in config.sft.tools] or None
         else:
             self._task = get_task(config.data.task)
+        if len(self) < 1:
+            raise ValueError(
+                f"sft.heldout_examples = {config.sft.heldout_examples}: there are {self._all} examples in all; "
+                "leave some to train on"
+            )
         self._tree = lru_cache(CACHED if self._file is None else 0)(self._make_tree)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, number and content of what is learned from; of a file its own bytes, not those of its images."""
+        """Name, number and content of what is learned from."""
         if self._file is None:
             return fingerprint(self._task)
-        path = Path(self.config.data.path)
-        return {"task": "jsonl", "questions": len(self), "sha256": hash_files([path])}
+        return {"task": "jsonl", "questions": len(self), "sha256": self._file.content_hash()}
 
     def __len__(self) -> int:
-        """Different examples; an epoch goes through them all."""
+        """Different examples to train on; an epoch goes through them all."""
+        return self._all - self.config.sft.heldout_examples
+
+    @property
+    def _all(self) -> int:
         return self.config.sft.examples if self._file is None else len(self._file)
+
+    def heldout(self) -> list[PackedBatch]:
+        """This rank's share of the last examples, which are not trained on."""
+        return [self._tree(example) for example in range(len(self), self._all)[self.rank :: self.world_size]]
 
     def batch(self, step: int) -> list[PackedBatch]:
         """This rank's share of the examples of step 1, 2, …; every epoch has a new order."""
@@ -72,7 +85,8 @@ class SftData:
 
     def _row(self, example: int) -> tuple[str, Row]:
         if self._file is not None:
-            return f"{self._file.path}: row {self._file[example].id!r}", self._file.row(example, self._conversation)
+            found = self._file[example]
+            return f"{self._file.place(example)}: row {found.id!r}", conversation_row(found, self._conversation)
         question = self._task.question("train", example % self._task.size("train"))
         rng = np.random.default_rng([self.config.run.seed, example])
         return question.id, sft_row(question, rng, self.processor, STYLES[self.config.sft.style])

@@ -1,21 +1,18 @@
 """Question trees for the report: the chosen groups with their pictures, read back from the trajectory files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
-from axpo.images import load_image
+from axpo.data import INSTRUCTION, Rows
 from axpo.paths import model_directory
 from axpo.report.branches import Branch, Source, plain_branch, source_branch
 from axpo.report.choice import Group
 from axpo.report.data import Run, read_trajectories
 from axpo.report.pictures import SCENE_SIDE, Box, Picture, Rect, embed, overview, scene
 from axpo.tasks import Question, get_task
-from axpo.tasks.jsonl import INSTRUCTION
 from axpo.tools import Tool, get_tools
 from axpo.trajectory import Trajectory
 
@@ -77,20 +74,7 @@ def find_question(run: Run, question_id: str) -> Question:
         if split not in ("train", "heldout"):
             raise ValueError(f"no split {split!r}")
         return task.question(split, int(index))
-    path = Path(run.setting("data.path", ""))
-    for row in _rows(path):
-        if str(row.get("id")) == question_id:
-            images = [load_image(path.parent / image) for image in row.get("images", [])]
-            content = [*({"type": "image"} for _ in images), {"type": "text", "text": str(row["question"])}]
-            return Question(question_id, [{"role": "user", "content": content}], images, str(row["answer"]))
-    raise LookupError(f"{path} has no row with this id")
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip() and isinstance(row := json.loads(line), dict):
-                yield row
+    return Rows(run.setting("data.path", "")).find(question_id).question()
 
 
 def _tools(run: Run) -> dict[str, Tool]:

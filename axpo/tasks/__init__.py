@@ -92,16 +92,21 @@ def get_task(name: str, **options: Any) -> Task:
     return _TASKS[name](**options)
 
 
+def task_names() -> list[str]:
+    """The embedded tasks: those that need no file."""
+    return [name for name in _TASKS if name != "jsonl"]
+
+
 def _mini(**options: Any) -> Task:
     from axpo.tasks.mini import MiniTask
 
     return MiniTask(**options)
 
 
-def _jsonl(**options: Any) -> Task:
-    from axpo.tasks.jsonl import JsonlTask
+def _rows(**options: Any) -> Task:
+    from axpo.tasks.rows import RowsTask
 
-    return JsonlTask(**options)
+    return RowsTask(**options)
 
 
-_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _jsonl}
+_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _rows}

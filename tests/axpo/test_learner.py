@@ -185,6 +185,7 @@ def test_sft_minimises_the_cross_entropy(checkpoint: Path):
     model = Qwen3VL(learner.config)
     load_weights(model, checkpoint)
     logprobs = torch.cat([score(model, row, 1.0)[0] for row in rows])
+    assert learner.sft_loss(rows) == pytest.approx(-logprobs.mean().item(), rel=1e-5)
     first = learner.sft_step(rows)
     assert first["policy/loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
     losses = [learner.sft_step(rows)["policy/loss"] for _ in range(4)]

@@ -10,10 +10,10 @@ import pytest
 from axpo.cli import resolve
 from axpo.config import SftConfig
 from axpo.conversation import Conversation
+from axpo.data import DataError, Rows
 from axpo.paths import model_directory
 from axpo.sft_data import SftData
-from axpo.tasks.conversations import ConversationFile
-from axpo.tasks.jsonl import JsonlError
+from axpo.tasks.conversations import conversation_row
 from axpo.tasks.mini import MiniTask
 from axpo.tasks.teacher import STYLES, sft_row, teacher
 from axpo.tools import get_tools
@@ -65,10 +65,10 @@ def test_rows_are_token_for_token_what_the_mini_teacher_makes(tmp_path: Path, pr
         rows.append({"id": f"r{number}", "messages": messages})
         wanted.append(expected)
     assert max(len(row["messages"]) for row in rows) == 4, f"seed {SEED}: no row uses the tool"
-    file = ConversationFile(write(tmp_path / "rows.jsonl", rows))
+    file = Rows(write(tmp_path / "rows.jsonl", rows))
     conversation = Conversation(processor, get_tools(["image_zoom_in"]))
     for number, expected in enumerate(wanted):
-        row = file.row(number, conversation)
+        row = conversation_row(file[number], conversation)
         length = len(row.tokens)
         assert row.tokens == expected.tokens[:length], f"seed {SEED}, row {number}"
         assert row.loss_mask == expected.loss_mask[:length]
@@ -97,14 +97,32 @@ def test_every_example_once_an_epoch_whatever_the_ranks(tmp_path: Path):
     assert alone == [[*a, *b] for a, b in zip(first, second, strict=True)]
 
 
+def test_held_out_examples_are_never_trained_on(tmp_path: Path):
+    talk = [{"role": "user", "content": "?"}]
+    rows = [{"id": f"r{i}", "messages": [*talk, {"role": "assistant", "content": f"{i}</think>"}]} for i in range(6)]
+    options = [f"--data.path={write(tmp_path / 'rows.jsonl', rows)}", "--data.task=jsonl", "--sft.batch_size=2"]
+
+    def labels(trees: list[Any]) -> set[tuple[int, ...]]:
+        return {tuple(tree.labels.tolist()) for tree in trees}
+
+    config = resolve(SftConfig, [*options, "--sft.heldout_examples=2"], recipe="mini-sft")
+    data, other = (SftData(SOURCE, config, rank, 2) for rank in (0, 1))
+    assert len(data) == 4
+    heldout = labels([*data.heldout(), *other.heldout()])
+    trained = labels([tree for step in range(1, 9) for part in (data, other) for tree in part.batch(step)])
+    assert (len(heldout), len(trained)) == (2, 4) and not heldout & trained
+    with pytest.raises(ValueError, match=r"sft\.heldout_examples = 6: there are 6 examples in all"):
+        SftData(SOURCE, resolve(SftConfig, [*options, "--sft.heldout_examples=6"], recipe="mini-sft"), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("row", "wrong"),
     [
         ("{", r"rows\.jsonl:1: not valid JSON"),
-        ({"messages": []}, r"rows\.jsonl:1: must be a JSON object with id"),
+        ({"messages": []}, r"rows\.jsonl:1: id: missing"),
         (
             {"id": "a", "messages": [{"role": "user", "content": "?"}]},
-            r"row 'a': the last message must be an assistant's",
+            r"row 'a': answer: missing",
         ),
         ({"id": "a", "messages": [{"role": "assistant", "content": "?"}]}, r"system and user come before"),
         (
@@ -123,14 +141,14 @@ def test_every_example_once_an_epoch_whatever_the_ranks(tmp_path: Path):
                     {"role": "assistant", "content": "?"},
                 ],
             },
-            r"messages\[0\]\.content\[0\]\.image = 'nowhere.png': no such file",
+            r"images\[0\]: .*nowhere\.png does not exist",
         ),
         ({"id": "a", "messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content = 3"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, row: Any, wrong: str):
-    with pytest.raises(JsonlError, match=wrong):
-        ConversationFile(write(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(DataError, match=wrong):
+        Rows(write(tmp_path / "rows.jsonl", [row])).check(conversations=True)
 
 
 def test_a_row_that_is_too_long(tmp_path: Path):

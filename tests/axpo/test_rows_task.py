@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from axpo.data import INSTRUCTION, DataError
 from axpo.tasks import get_task
-from axpo.tasks.jsonl import INSTRUCTION, JsonlError, JsonlTask
+from axpo.tasks.rows import RowsTask
 
 
 def save_image(path: Path, seed: int, mode: str = "RGB") -> np.ndarray:
@@ -35,8 +36,8 @@ def row(**changes: Any) -> dict[str, Any]:
 def problems(tmp_path: Path, *rows: Any) -> list[str]:
     save_image(tmp_path / "ok.png", 0)
     file = write(tmp_path / "rows.jsonl", *rows)
-    with pytest.raises(JsonlError) as error:
-        JsonlTask(file)
+    with pytest.raises(DataError) as error:
+        RowsTask(file)
     return [line.replace(str(file), "rows") for line in str(error.value).splitlines()]
 
 
@@ -74,7 +75,7 @@ def test_questions_as_the_agent_loop_takes_them(tmp_path: Path):
 
 
 def test_without_a_heldout_file_there_are_no_heldout_questions(tmp_path: Path):
-    assert JsonlTask(write(tmp_path / "t.jsonl", row(images=[]))).size("heldout") == 0
+    assert RowsTask(write(tmp_path / "t.jsonl", row(images=[]))).size("heldout") == 0
 
 
 @pytest.mark.parametrize(
@@ -130,10 +131,10 @@ def test_many_problems_are_counted(tmp_path: Path):
 
 
 def test_files_that_hold_no_rows(tmp_path: Path):
-    with pytest.raises(JsonlError, match=r"gone\.jsonl: cannot be read"):
-        JsonlTask(tmp_path / "gone.jsonl")
-    with pytest.raises(JsonlError, match=r"empty\.jsonl: no rows; each line is a JSON object"):
-        JsonlTask(write(tmp_path / "empty.jsonl", "", " "))
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
+        RowsTask(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no rows; each line is a JSON object"):
+        RowsTask(write(tmp_path / "empty.jsonl", "", " "))
     good = write(tmp_path / "good.jsonl", row(images=[]))
-    with pytest.raises(JsonlError, match=r"empty\.jsonl: no rows"):
-        JsonlTask(good, tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
+        RowsTask(good, tmp_path / "empty.jsonl")

@@ -1,0 +1,182 @@
+"""A checkpoint on benchmarks: every finished question is on disk, so that an evaluation goes on where it ended.
+
+A line a sample, in the words of both common toolkits (docs/evaluation.md): lmms-eval's doc_id, target, resps and
+filtered_resps, VLMEvalKit's index, question, answer, prediction and hit.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axpo.config import Config
+from axpo.distributed import barrier, rank, world_size
+from axpo.grading import final_answer
+from axpo.outfolder import open_folder
+from axpo.rollout import Limits
+from axpo.rundir import write_json
+from axpo.scores import Scores, scores
+from axpo.tasks import Task, get_task, task_names
+
+if TYPE_CHECKING:
+    from axpo.rollout import Agent, Branch
+
+_BATCH = 64  # questions that are rolled out at once, which bounds the KV that is held
+# What may differ between the parts of an evaluation: which questions, and how often.
+_SETTINGS: dict[str, set[str]] = {
+    "eval": {"benchmarks", "limit", "repeats", "out", "questions", "every", "k"},
+    "run": {"name", "dir", "steps", "resume"},
+    **{section: set() for section in ("model", "rollout", "python", "search", "image_search", "judge")},
+}
+
+
+def open_benchmarks(config: Config) -> dict[str, Task]:
+    """The tasks of `eval.benchmarks` by name; their questions are the held-out split.
+
+    Raises:
+        ValueError: an entry names neither an embedded task nor rows, two have one name, or a row is wrong.
+    """
+    opened: dict[str, Task] = {}
+    for entry in config.eval.benchmarks:
+        name, equals, path = entry.partition("=")
+        if not equals:
+            name, path = (entry, "") if entry in task_names() else (Path(entry).stem, entry)
+        if name in opened or "/" in name:
+            raise ValueError(f"eval.benchmarks = {entry!r}: there is a {name!r} already; write another name=path")
+        try:
+            options = {"path": "", "heldout_path": path, "check_rows": config.data.check_rows}
+            opened[name] = get_task("jsonl", **options) if path else get_task(name)
+        except ValueError as error:
+            raise ValueError(f"eval.benchmarks = {entry!r}: {error}") from None
+    return opened
+
+
+def eval_limits(config: Config) -> Limits:
+    """Sampling and limits of an evaluation."""
+    return Limits(
+        max_turns=config.eval.max_turns,
+        max_new_tokens=config.rollout.max_new_tokens,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
+        presence_penalty=config.eval.presence_penalty,
+    )
+
+
+class Results:
+    """The folder of an evaluation: <benchmark>.jsonl when it is whole, <benchmark>.<rank>.jsonl until then.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+
+    def __init__(self, config: Config):
+        self.path = Path(config.eval.out or Path(config.run.dir) / config.run.name / "benchmarks")
+        self._samples = config.eval.samples
+        open_folder(self.path, config, _SETTINGS, "eval.out")
+
+    def lines(self, benchmark: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
+        """The samples of each whole (repeat, question), in order."""
+        found: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
+        for file in [self.path / f"{benchmark}.jsonl", *sorted(self.path.glob(f"{benchmark}.[0-9]*.jsonl"))]:
+            for line in _read(file):
+                found.setdefault((line["repeat"], line["doc_id"]), {})[line["sample"]] = line
+        whole = {key: some for key, some in found.items() if len(some) == self._samples}
+        return {key: [some[sample] for sample in sorted(some)] for key, some in sorted(whole.items())}
+
+    def append(self, benchmark: str, lines: Sequence[dict[str, Any]]) -> None:
+        """Adds a question's samples to this rank's file, in one write behind the last whole line."""
+        text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
+        with (self.path / f"{benchmark}.{rank()}.jsonl").open("ab") as file:
+            file.write(text.encode())
+
+    def mend(self, benchmark: str) -> None:
+        """Drops a last line that was cut when an earlier evaluation was killed."""
+        path = self.path / f"{benchmark}.{rank()}.jsonl"
+        if path.exists():
+            with path.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def finish(self, benchmark: str) -> list[dict[str, Any]]:
+        """All samples, now in one file (rank 0 writes it)."""
+        lines = [line for some in self.lines(benchmark).values() for line in some]
+        barrier()  # all have read
+        if rank() == 0:
+            part = self.path / f"{benchmark}.part"
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            part.replace(self.path / f"{benchmark}.jsonl")
+            for file in self.path.glob(f"{benchmark}.[0-9]*.jsonl"):
+                file.unlink()
+        barrier()
+        return lines
+
+
+def run_benchmarks(agent: "Agent", tasks: dict[str, Task], config: Config, results: Results) -> dict[str, Scores]:
+    """Samples what is missing, over all ranks, and scores every benchmark; `summary.json` has the same."""
+    made: dict[str, Scores] = {}
+    for name, task in tasks.items():
+        done = results.lines(name)
+        results.mend(name)
+        barrier()  # all ranks have seen the same before any adds to it
+        count = min(config.eval.limit or task.size("heldout"), task.size("heldout"))
+        wanted = [(repeat, doc) for repeat in range(config.eval.repeats) for doc in range(count)]
+        missing = [pair for pair in wanted if pair not in done]
+        for repeat, docs in _batches(missing[rank() :: world_size()]):
+            questions = [(doc, task.question("heldout", doc)) for doc in docs]
+            for branches in agent.rollouts(repeat, questions, config.eval.samples, eval_limits(config)):
+                results.append(name, [_line(agent, name, repeat, i, branch) for i, branch in enumerate(branches)])
+                agent.close(branches)
+        barrier()
+        asked = set(wanted)
+        lines = [line for line in results.finish(name) if (line["repeat"], line["doc_id"]) in asked]
+        made[name] = scores(lines, config.eval.k or config.eval.samples)
+    if rank() == 0:
+        write_json(results.path / "summary.json", {name: asdict(one) for name, one in made.items()})
+    return made
+
+
+def _batches(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """(repeat, questions) with as many questions as are rolled out at once."""
+    for repeat in sorted({repeat for repeat, _ in pairs}):
+        docs = [doc for other, doc in pairs if other == repeat]
+        for start in range(0, len(docs), _BATCH):
+            yield repeat, docs[start : start + _BATCH]
+
+
+def _line(agent: "Agent", benchmark: str, repeat: int, sample: int, branch: "Branch") -> dict[str, Any]:
+    processor, tokens = agent.conversation.processor, branch.sequence.token_ids
+    last = processor.decode(tokens[branch.turn_start :])
+    given = final_answer(last, thinking=agent.conversation.thinks) if branch.status == "answered" else None
+    return {
+        "benchmark": benchmark,
+        "doc_id": branch.group,
+        "index": branch.question.id,
+        "repeat": repeat,
+        "sample": sample,
+        "question": branch.question.text,
+        "answer": branch.question.answer,
+        "target": branch.question.answer,
+        "prediction": given,
+        "filtered_resps": [given],
+        "resps": [[processor.decode(tokens[branch.prompt_len :])]],
+        "hit": int(branch.reward),
+        "score": branch.score,
+        "grader": branch.question.rubric.kind,
+        "error": branch.grade_error,
+        "used_tool": bool(branch.calls),
+        "tools": [call.name for call in branch.calls],
+        "turns": branch.turn,
+        "tokens": branch.sampled,
+        "status": branch.status,
+        "meta": branch.question.meta,
+    }
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines; the last may have been cut short."""
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                yield json.loads(line)

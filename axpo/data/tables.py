@@ -1,0 +1,248 @@
+"""Files of records, by number and without reading them whole: JSON lines, Parquet, Arrow, and JSON lists and TSV.
+
+What stays in memory is where rows begin (16 bytes a line of text, a few numbers a Parquet row group), and the row
+groups read last. Images stay encoded.
+"""
+
+import csv
+import json
+import threading
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_GROUPS_KEPT = 2  # decoded row groups of a Parquet file
+_FIELD_LIMIT = 2**30  # characters of a TSV field: benchmarks hold images in base64
+
+
+class TableError(ValueError):
+    """A file or a record that cannot be read; the message says which and why."""
+
+
+class Table(Protocol):
+    """Records of one file, in its order. Methods may be called from any thread."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def record(self, index: int) -> Any:
+        """Record `index` as the file has it; TableError when it cannot be read."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Where record `index` is, for messages: file and line, or file and row."""
+        ...
+
+
+def open_table(path: str | Path) -> Table:
+    """The table in a file, by the end of its name.
+
+    Raises:
+        TableError: there is no such file, its format is unknown, or it is cut short.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise TableError(f"{path}: cannot be read: there is no such file")
+    if path.suffix not in _FORMATS:
+        raise TableError(f"{path}: the format of this file is unknown; there is {', '.join(sorted(_FORMATS))}")
+    try:
+        return _FORMATS[path.suffix](path)
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read: {error}") from None
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """`path` itself, or the shards in a folder and below it, in the order of their names.
+
+    Raises:
+        TableError: a folder without a file of a known format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    shards = sorted(file for file in path.rglob("*") if file.suffix in SHARDS and file.is_file())
+    if not shards:
+        raise TableError(f"{path}: no {', '.join(SHARDS)} file in this folder")
+    return shards
+
+
+class JsonLines:
+    """One JSON value a line; lines without one do not count."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._starts, self._numbers = array("q"), array("q")
+        start = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._numbers.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def record(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:  # of JSON or of UTF-8
+            raise TableError(f"not valid JSON: {error}") from None
+
+    def place(self, index: int) -> str:
+        return f"{self.path}:{self._numbers[index]}"
+
+
+class Parquet:
+    """A Parquet file, a row group at a time: files whose rows are read in random order want small groups."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except pa.ArrowInvalid as error:
+            raise TableError(f"{path}: cut short, or not a Parquet file ({error})") from None
+        groups = self._file.metadata.num_row_groups
+        self._ends = [0]
+        for group in range(groups):
+            self._ends.append(self._ends[-1] + self._file.metadata.row_group(group).num_rows)
+        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def record(self, index: int) -> Any:
+        group = bisect_right(self._ends, index) - 1
+        return self._group(group).slice(index - self._ends[group], 1).to_pylist()[0]
+
+    def place(self, index: int) -> str:
+        return f"{self.path}: row {index}"
+
+    def _group(self, group: int) -> pa.Table:
+        with self._lock:
+            if group not in self._kept:
+                try:
+                    self._kept[group] = self._file.read_row_group(group)
+                except (pa.ArrowInvalid, OSError) as error:
+                    raise TableError(f"row group {group} is damaged ({error})") from None
+                if len(self._kept) > _GROUPS_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+
+class Arrow:
+    """An Arrow file as `datasets` saves it (`save_to_disk`), mapped into memory and not read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            source = pa.memory_map(str(path))
+            try:
+                self._table = pa.ipc.open_stream(source).read_all()
+            except pa.ArrowInvalid:
+                self._table = pa.ipc.open_file(source).read_all()
+        except (pa.ArrowInvalid, EOFError) as error:
+            raise TableError(f"{path}: cut short, or not an Arrow file ({error})") from None
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def record(self, index: int) -> Any:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def place(self, index: int) -> str:
+        return f"{self.path}: row {index}"
+
+
+class JsonList:
+    """A JSON file that is one list: read whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._records = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TableError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(self._records, list):
+            raise TableError(f"{path}: must be a JSON list of rows, got {type(self._records).__name__}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, index: int) -> Any:
+        return self._records[index]
+
+    def place(self, index: int) -> str:
+        return f"{self.path}: row {index}"
+
+
+class Tsv:
+    """Tab-separated values with a header, as VLMEvalKit publishes them; all values are texts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        csv.field_size_limit(_FIELD_LIMIT)
+        self._starts = array("q")
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = _Lines(file)
+            rows = csv.reader(lines, delimiter="\t")
+            self._header = next(rows, [])
+            start = lines.read
+            for row in rows:
+                if row:
+                    self._starts.append(start)
+                start = lines.read
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def record(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            values = next(csv.reader(_decoded(file), delimiter="\t"))
+        if len(values) != len(self._header):
+            raise TableError(f"{len(values)} values under {len(self._header)} names")
+        return dict(zip(self._header, values, strict=True))
+
+    def place(self, index: int) -> str:
+        return f"{self.path}: row {index}"
+
+
+class _Lines:
+    """Lines of a text file, and how many bytes of it have been read: a quoted value may hold line ends."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.read = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.read += len(line.encode())
+            yield line
+
+
+def _decoded(file: Any) -> Iterator[str]:
+    for line in file:
+        yield line.decode("utf-8")
+
+
+SHARDS = (".jsonl", ".parquet", ".arrow")
+_FORMATS: dict[str, type] = {
+    ".jsonl": JsonLines,
+    ".parquet": Parquet,
+    ".arrow": Arrow,
+    ".json": JsonList,
+    ".tsv": Tsv,
+}
