@@ -78,6 +78,6 @@ def _any_equal(given: str, answers: list[str]) -> bool:
 
     try:
         expression = read(given)
-        return any(expression and verify(read(answer), expression, timeout_seconds=None) for answer in answers)
+        return bool(expression) and any(verify(read(a), expression, timeout_seconds=None) for a in answers)
     except RecursionError:
         return False
