@@ -74,10 +74,10 @@ def _any_equal(given: str, answers: list[str]) -> bool:
     from math_verify import parse, verify
 
     def read(text: str) -> list:
-        return parse(f"${text.strip().strip('$')}$", parsing_timeout=None)  # no alarm: the clock is outside
+        return parse(f"${text.strip().strip('$')}$", parsing_timeout=0)  # no alarm: the clock is outside
 
     try:
         expression = read(given)
-        return bool(expression) and any(verify(read(a), expression, timeout_seconds=None) for a in answers)
+        return bool(expression) and any(verify(read(a), expression, timeout_seconds=0) for a in answers)
     except RecursionError:
         return False
