@@ -8,7 +8,7 @@ import numpy as np
 
 from axpo.trajectory import SAMPLED, Trajectory
 
-PrefixReward = Literal["original", "joint"]
+PrefixReward = Literal["original", "joint", "own"]
 Scale = Literal["group", "batch", "none"]
 Shape = Callable[[Trajectory], float]
 """Trajectory → the reward of which advantages are taken."""
@@ -23,6 +23,7 @@ def assign_credit(
     shape: Shape = attrgetter("reward"),
     prefix_reward: PrefixReward = "original",
     mask_failed_suffix: bool = True,
+    merge: bool = False,
     drop_equal: bool = False,
 ) -> None:
     """Fill `loss_mask` and `advantages` of every rollout and resample, in place.
@@ -31,7 +32,9 @@ def assign_credit(
     Every generated token is trained from at most one trajectory: a continuation on its own tokens, its source on the
     prefix; the source's suffix is masked. Without resamples this is GRPO, bit for bit.
     prefix_reward: "original" normalises each recovery reward among the group's original rewards, "joint" with the
-    recovery rewards of all the group's sources in their places.
+    recovery rewards of all the group's sources in their places; "own" gives the prefix no credit for a recovery: it
+    keeps its rollout's advantage (an ablation of the paper's).
+    merge: continuations join their source's group in every normalisation (an ablation too).
     mask_failed_suffix=False trains the suffix of a source that no continuation recovered, as GRPO would.
     std: what centred rewards are divided by in place of their own group's (`advantage_std`).
     shape: reward shaping. Triggers and recoveries stay what the answers are, and a recovery reward is 0 or 1.
@@ -43,13 +46,20 @@ def assign_credit(
         raise ValueError(f"resamples of unknown rollouts {sorted(unknown)}")
     for group in groups:
         rewards = [shape(rollout) for rollout in group]
+        if merge:
+            rewards += [shape(c) for rollout in group for c in resamples.get(rollout.id, ())]
         advantages = group_advantages(rewards, eps, std)
         prefixes = prefix_advantages(rewards, _recoveries(group, resamples), eps, prefix_reward, std)
+        merged = len(group)
         for index, rollout in enumerate(group):
             _train(rollout, 0, len(rollout.tokens), advantages[index])
             if continuations := resamples.get(rollout.id):
                 _credit_source(rollout, continuations, prefixes[index], mask_failed_suffix)
-                _credit_continuations(continuations, group_advantages([shape(c) for c in continuations], eps, std))
+                own = group_advantages([shape(c) for c in continuations], eps, std)
+                if merge:
+                    own = advantages[merged : merged + len(continuations)]
+                    merged += len(continuations)
+                _credit_continuations(continuations, own)
         if drop_equal:
             for trajectories in (group, *(resamples.get(rollout.id, ()) for rollout in group)):
                 _drop_if_equal(trajectories)
@@ -77,16 +87,20 @@ def advantage_std(scale: Scale, rewards: Iterable[float], eps: float = 1e-6) -> 
     return 1.0 if scale == "none" else float(np.std(list(rewards), ddof=1) + eps)
 
 
-def shaped_reward(trajectory: Trajectory, *, max_new_tokens: int, buffer: int, penalty: float) -> float:
-    """DAPO's soft overlong punishment (Yu et al., 2025): the reward, lowered over the last `buffer` tokens.
+def shaped_reward(
+    trajectory: Trajectory, *, max_new_tokens: int, buffer: int, penalty: float, tool_reward: float = 0.0
+) -> float:
+    """The reward, with DAPO's soft overlong punishment (Yu et al., 2025) and a bonus or penalty for using a tool.
 
-    By nothing up to max_new_tokens − buffer sampled tokens, by `penalty` at max_new_tokens, linearly in between.
-    Counted are all turns' tokens, a resample's prefix included. buffer 0 is off.
+    It is lowered over the last `buffer` tokens: not up to max_new_tokens − buffer sampled tokens, by `penalty` at
+    max_new_tokens, linearly in between. Counted are all turns' tokens, a resample's prefix included. buffer 0 is off.
+    tool_reward is added where a call was attempted (the paper's comparisons; negative: a penalty).
     """
+    reward = trajectory.reward + (tool_reward if trajectory.used_tool else 0.0)
     if not buffer:
-        return trajectory.reward
+        return reward
     excess = trajectory.roles.count(SAMPLED) - (max_new_tokens - buffer)
-    return trajectory.reward - penalty * min(max(excess, 0) / buffer, 1.0)
+    return reward - penalty * min(max(excess, 0) / buffer, 1.0)
 
 
 def prefix_advantages(
@@ -101,6 +115,9 @@ def prefix_advantages(
     rewards: the group's original N. recovered: index of each source → whether any of its continuations is correct.
     std: as for `group_advantages`.
     """
+    if prefix_reward == "own":
+        own = group_advantages(rewards, eps, std)
+        return {source: float(own[source]) for source in recovered}
     joint = [float(recovered.get(i, reward)) for i, reward in enumerate(rewards)]
     advantages = {}
     for source, success in recovered.items():

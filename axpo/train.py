@@ -71,6 +71,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
         max_new_tokens=rollout.max_new_tokens,
         buffer=algo.overlong_buffer,
         penalty=algo.overlong_penalty,
+        tool_reward=algo.tool_reward,
     )
     with Run(config, inputs, directory, stop, heartbeat) as state, StepAhead(state.explore) as ahead:
         learner, spans = state.learner, state.spans
@@ -101,6 +102,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     shape=shape,
                     prefix_reward=algo.prefix_reward,
                     mask_failed_suffix=algo.mask_failed_suffix,
+                    merge=algo.merge_continuations,
                     drop_equal=algo.drop_equal_groups,
                 )
                 if not ahead.running:

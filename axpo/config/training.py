@@ -27,9 +27,19 @@ class Algo(Section):
         default="rank",
         description="breadth-first order of triggered questions: by the rank of their best prefix, or as drawn",
     )
-    prefix_reward: Literal["original", "joint"] = Field(
+    prefix_reward: Literal["original", "joint", "own"] = Field(
         default="original",
-        description="rewards that normalise r_prefix: the group's original ones, or with all its sources' r_prefix in",
+        description="rewards that normalise r_prefix: the group's original ones, or with all its sources' r_prefix in; "
+        "own: no credit for a recovery",
+    )
+    merge_continuations: bool = Field(
+        default=False, description="normalise a question's continuations together with its rollouts, not on their own"
+    )
+    tool_reward: float = Field(
+        default=0.0,
+        ge=-1.0,
+        le=1.0,
+        description="added to the reward of a rollout that calls a tool; below 0: a penalty",
     )
     mask_failed_suffix: bool = Field(
         default=True, description="mask a source's own continuation also when no resample of its prefix succeeded"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axpo.advantage import assign_credit, group_advantages, prefix_advantages
+from axpo.advantage import assign_credit, group_advantages, prefix_advantages, shaped_reward
 from axpo.trajectory import SAMPLED, Trajectory
 from tests.axpo.factory import random_group, random_resamples
 
@@ -147,3 +147,56 @@ def test_shaped_rewards_change_advantages_and_not_what_is_right():
         rewards = [shape[c.id] for c in continuations]
         for continuation, reward in zip(continuations, rewards, strict=True):
             assert [*trained_values(continuation)] == pytest.approx([reward - np.mean(rewards)])
+
+
+def ablation_case() -> tuple[list[list[Trajectory]], dict[str, list[Trajectory]], Trajectory]:
+    rng = random.Random(7)
+    group = random_group(rng, size=4, tool_rate=1.0)
+    for rollout, reward in zip(group, (0.0, 1.0, 1.0, 0.0), strict=True):
+        rollout.reward = reward
+    continuations = random_resamples(rng, group[0])
+    for index, continuation in enumerate(continuations):
+        continuation.reward = float(index == 0)
+    return [group], {group[0].id: continuations}, group[0]
+
+
+def values(trajectory: Trajectory) -> set[float]:
+    return {a for a, trained in zip(trajectory.advantages, trajectory.loss_mask, strict=True) if trained}
+
+
+def test_without_prefix_credit_only_the_prefix_changes():
+    groups, resamples, source = ablation_case()
+    plain_groups, plain_resamples = deepcopy(groups), deepcopy(resamples)
+    assign_credit(plain_groups, plain_resamples)
+    assign_credit(groups, resamples, prefix_reward="own")
+    assert values(source) == {float(group_advantages([0, 1, 1, 0])[0])}, "its own failure, though a resample succeeded"
+    assert values(plain_groups[0][0]) == {float(group_advantages([1, 1, 1, 0])[0])}
+    assert source.loss_mask == plain_groups[0][0].loss_mask
+    for one, other in zip(groups[0][1:], plain_groups[0][1:], strict=True):
+        assert one.advantages == other.advantages
+    for one, other in zip(resamples[source.id], plain_resamples[source.id], strict=True):
+        assert (one.advantages, one.loss_mask) == (other.advantages, other.loss_mask)
+
+
+def test_merged_continuations_are_normalised_with_their_group():
+    groups, resamples, source = ablation_case()
+    masks = deepcopy(groups), deepcopy(resamples)
+    assign_credit(*masks)
+    assign_credit(groups, resamples, merge=True)
+    count = len(resamples[source.id])
+    everything = group_advantages([0, 1, 1, 0, 1, *[0] * (count - 1)])
+    for index, rollout in enumerate(groups[0][1:], 1):
+        assert values(rollout) == {float(everything[index])}
+    for index, continuation in enumerate(resamples[source.id]):
+        assert values(continuation) == {float(everything[4 + index])}
+    assert values(source) == {float(group_advantages([1, 1, 1, 0, 1, *[0] * (count - 1)])[0])}
+    assert [r.loss_mask for r in groups[0]] == [r.loss_mask for r in masks[0][0]]
+
+
+def test_a_tool_reward_is_added_where_a_call_was_attempted():
+    rollout = random_group(random.Random(3), size=1, tool_rate=1.0)[0]
+    shape = {"max_new_tokens": 100, "buffer": 0, "penalty": 1.0}
+    for reward in (-0.1, 0.0, 0.25):
+        assert shaped_reward(rollout, **shape, tool_reward=reward) == rollout.reward + reward
+        silent = replace(rollout, tool_calls=[])
+        assert shaped_reward(silent, **shape, tool_reward=reward) == rollout.reward
