@@ -12,6 +12,7 @@ from axpo.advantage import group_advantages, prefix_advantages
 from axpo.resample import prefix_budget
 from axpo.trajectory import SAMPLED, Trajectory
 from tests.e2e.runs import SMALL, metrics, train, trajectories, without_time
+from tests.engine.reference import prefill_logits
 
 STEPS = 6
 N, K = SMALL["algo.group_size"], SMALL["algo.resamples_per_prefix"]
@@ -184,9 +185,5 @@ def test_the_exported_policy_is_a_checkpoint_that_transformers_loads(whole: Path
     from engine import LLM
 
     llm = LLM(whole / "policy", kv_cache_bytes=1 << 24)
-    captured = []
-    llm.model.register_forward_hook(lambda _m, _a, out: captured.append(out))
-    with llm.open(text[0].tolist()) as sequence:
-        llm.prefill([sequence])
-    actual = llm.model.logits(captured[0])
+    actual = prefill_logits(llm, text[0].tolist(), [])
     assert (actual - expected).norm() / expected.norm() < 1e-4

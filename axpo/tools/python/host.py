@@ -100,13 +100,25 @@ def _wall(program: str) -> list[str]:
             options += ["--symlink", str(link.readlink()), str(link)]
         elif link.exists():
             options += ["--ro-bind", str(link), str(link)]
-    prefixes = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)} | {Path(sys.prefix)}
-    for prefix in sorted(prefixes):
-        if not prefix.is_relative_to("/usr"):
-            options += ["--ro-bind", str(prefix), str(prefix)]
-    options += ["--ro-bind-try", "/etc/fonts", "/etc/fonts", "--ro-bind", str(_HERE), str(_HERE)]
+    # Before what follows: the interpreter, or this checkout, may lie below /tmp.
     options += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp"]
+    for number, prefix in enumerate(_prefixes()):
+        options += ["--ro-bind", prefix, prefix]
+        if prefix.startswith("/tmp/"):
+            options += ["--ro-bind", prefix, _again(number)]
+    options += ["--ro-bind-try", "/etc/fonts", "/etc/fonts", "--ro-bind", str(_HERE), str(_HERE)]
     return [program, *options, "--remount-ro", "/", "--remount-ro", "/dev", "--chdir", "/tmp", "--"]
+
+
+def _prefixes() -> list[str]:
+    """Where the interpreter and its packages are, outside /usr."""
+    prefixes = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)} | {Path(sys.prefix)}
+    return sorted(str(prefix) for prefix in prefixes if not prefix.is_relative_to("/usr"))
+
+
+def _again(number: int) -> str:
+    """Where a prefix below /tmp is found when a kernel has its own /tmp."""
+    return f"/mnt/prefix{number}"
 
 
 class Zygote:
@@ -134,6 +146,8 @@ class Zygote:
         site = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         options = {"isolate": program is not None, "site": sorted(set(site)), "memory": memory}
         options |= {"cpu_seconds": cpu_seconds, "file_bytes": file_bytes}
+        below_tmp = [[_again(n), prefix] for n, prefix in enumerate(_prefixes()) if prefix.startswith("/tmp/")]
+        options["binds"] = below_tmp if program is not None else []
         options["filter"] = base64.b64encode(compile_filter()).decode() if program is not None else ""
         self._options = options
         self._command = [*(_wall(program) if program is not None else []), sys.executable, "-I", "-S", "-B"]

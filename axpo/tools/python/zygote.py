@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWPID = 0x00020000, 0x08000000, 0x20000000
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 1, 2, 4, 8, 0x4000, 0x40000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    0x1000,
+    0x4000,
+    0x40000,
+)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 1, 4, 24, 47, 4
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _CAP_LAST = 40
@@ -116,7 +125,7 @@ def _kernel(kernel: Any, fd: int, options: dict[str, Any], program: bytes) -> No
         os.closerange(4, 65536)
         kernel.limit_resources(options["memory"], options["cpu_seconds"], options["file_bytes"])
         if options["isolate"]:
-            _wall_off()
+            _wall_off(options["binds"])
             os.chdir("/tmp")
         _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(death)")  # no zygote, no kernels
         if options["isolate"]:
@@ -126,10 +135,15 @@ def _kernel(kernel: Any, fd: int, options: dict[str, Any], program: bytes) -> No
         os._exit(0)
 
 
-def _wall_off() -> None:
+def _wall_off(binds: list[list[str]]) -> None:
+    """binds: [source, target below /tmp]: where the interpreter is, which the kernel's own /tmp would hide."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE, None)
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     _mount("tmpfs", "/tmp", "tmpfs", flags, "size=16m,nr_inodes=1000,mode=0777")
+    for source, target in binds:
+        Path(target).mkdir(parents=True, exist_ok=True)
+        _mount(source, target, None, _MS_BIND | _MS_REC, None)
+        _mount(None, target, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV, None)
     for path in ("/proc", "/dev/shm", "/dev/pts"):
         _mount("tmpfs", path, "tmpfs", flags | _MS_RDONLY, "size=4k,nr_inodes=1,mode=0555")
     _check(_libc.prctl(_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl(dumpable)")
