@@ -7,7 +7,7 @@ groups read last. Images stay encoded.
 import csv
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,7 +181,7 @@ def _decoded(file: Any) -> Iterator[str]:
 
 
 SHARDS = (".jsonl", ".parquet", ".arrow")
-_FORMATS: dict[str, type] = {
+_FORMATS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": JsonLines,
     ".parquet": _parquet,
     ".arrow": _arrow,
