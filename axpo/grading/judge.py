@@ -3,14 +3,14 @@
 import hashlib
 import json
 import re
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import diskcache
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from axpo.paths import cache_directory
 
 _LONGEST = 2000  # characters of an answer that the judge reads
 _SYSTEM = (
@@ -48,12 +48,7 @@ class Judge:
         self._model = model
         self._left = max_calls
         self._lock = threading.Lock()
-        folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "axpo" / "judge"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            folder = Path(tempfile.mkdtemp(prefix="axpo-judge-"))
-        self._cache = diskcache.Cache(str(folder))
+        self._cache = diskcache.Cache(str(cache_directory(cache_dir, "judge")))
 
     def verdict(self, question: str, given: str, answers: Sequence[str]) -> bool:
         """Whether `given` means the same as one of `answers`.

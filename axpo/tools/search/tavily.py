@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import diskcache
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from axpo.paths import cache_directory
 from axpo.tools.search import Hit, SearchError
 
 ATTEMPTS = 4
@@ -50,12 +49,7 @@ class Tavily:
         self._client = httpx.Client(
             base_url=base_url, timeout=timeout_s, headers={"Authorization": f"Bearer {key}"}, follow_redirects=False
         )
-        folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "axpo" / "search"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            folder = Path(tempfile.mkdtemp(prefix="axpo-search-"))
-        self._cache = diskcache.Cache(str(folder))
+        self._cache = diskcache.Cache(str(cache_directory(cache_dir, "search")))
         self._limit = _RateLimit(queries_per_minute)
         self._broken_until = 0.0
 
