@@ -17,6 +17,8 @@ namespace axpo {
 namespace {
 
 #ifdef AXPO_AMX
+constexpr const char* kWishes = "auto, off, emulate, assume";
+
 bool granted() {
   // Linux keeps the tiles' 8 KB out of a process until it asks: ARCH_REQ_XCOMP_PERM of feature 18, the tile data.
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -30,6 +32,8 @@ std::string why_not_here() {
   return granted() ? "" : "the operating system does not let this process use AMX (arch_prctl)";
 }
 #else
+constexpr const char* kWishes = "auto, off, emulate";
+
 std::string why_not_here() { return "this build has no AMX: it takes x86-64 Linux and gcc 12 or later"; }
 #endif
 
@@ -38,6 +42,8 @@ struct Choice {
   std::string why_not;  // AMX; empty where it serves
 };
 
+// AXPO_AMX: auto; off; emulate, the same arithmetic in C++, slow, for tests; assume, AMX without asking the processor,
+// where instructions that it lacks are emulated under the process.
 Choice choose() {
   const char* set = std::getenv("AXPO_AMX");
   const std::string wish = set == nullptr ? "auto" : set;
@@ -46,11 +52,7 @@ Choice choose() {
 #ifdef AXPO_AMX
   if (wish == "assume") return {MatrixUnit::kAmx, ""};
 #endif
-  TORCH_CHECK_VALUE(wish == "auto", "AXPO_AMX='", wish, "' is not one this build knows: auto, off, emulate",
-#ifdef AXPO_AMX
-                    ", assume",
-#endif
-                    "; set one of these or unset it");
+  TORCH_CHECK_VALUE(wish == "auto", "AXPO_AMX='", wish, "' is not one of ", kWishes, ": set one of these or unset it");
   const std::string reason = why_not_here();
   return {reason.empty() ? MatrixUnit::kAmx : MatrixUnit::kNone, reason};
 }
