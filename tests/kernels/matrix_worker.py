@@ -20,7 +20,7 @@ ATTENTION = {
     "more heads than a tile": (50, 1, 96, 8, 2, 9),
 }
 LINEAR = ((1, 16, 32), (3, 33, 65), (16, 32, 64), (17, 70, 100), (40, 50, 31), (300, 9, 40))  # rows, N, K
-QUERIES = 50  # the last ones of a prompt
+QUERIES = 20  # the last ones of a prompt
 
 
 def cached(q_heads, kv_heads, dim, block_size, sequences, tail, prefix=300):
@@ -57,7 +57,7 @@ def attention_cases(name, shape):
         return paged_attention(prompt[begin:stop], k, v, tables[:1], starts_here, length, scale)
 
     yield f"{name}/whole", queries(0, QUERIES)
-    yield f"{name}/chunks", torch.cat([queries(0, 1), queries(1, 30), queries(30, QUERIES)])
+    yield f"{name}/chunks", torch.cat([queries(0, 1), queries(1, 8), queries(8, QUERIES)])
     exact = (x.nan_to_num().double() for x in (q, k, v))
     yield f"{name}/exact", paged_attention(*exact, tables, starts, lengths, scale, backend="reference")
 
@@ -68,7 +68,9 @@ def linear_cases(rows, n, k):
     small = torch.full((rows, k), 2.0**-70).bfloat16()
     name = f"linear {rows} {n} {k}"
     yield f"{name}/together", linear(x, weight, bias, wide=True)
-    yield f"{name}/alone", torch.cat([linear(x[r : r + 1], weight, bias, wide=True) for r in range(rows)])
+    some = range(0, rows, 1 + rows // 8)
+    yield f"{name}/some", linear(x, weight, bias, wide=True)[:: some.step]
+    yield f"{name}/alone", torch.cat([linear(x[r : r + 1], weight, bias, wide=True) for r in some])
     yield f"{name}/narrow", linear(x, weight, bias)
     yield f"{name}/flushed", linear(small, small[:1].expand(n, k).contiguous(), wide=True)
     x[0, 0] = 0

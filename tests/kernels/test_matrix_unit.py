@@ -57,7 +57,7 @@ def test_linear_is_exact_and_invariant(emulated, seed, shape):
         for key, value in emulated["found"].items()
         if key.startswith("linear {} {} {}/".format(*shape))
     }
-    assert torch.equal(found["together"], found["alone"]), f"seed {seed}"
+    assert torch.equal(found["some"], found["alone"]), f"seed {seed}"
     assert torch.equal(found["together"].bfloat16(), found["narrow"]), f"seed {seed}"
     assert ((found["together"] - found["exact"]).abs() <= 1e-6 * found["size"]).all(), f"seed {seed}"
     assert not found["flushed"].any()  # of products below fp32's normal range
