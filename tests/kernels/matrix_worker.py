@@ -1,6 +1,7 @@
 """Computes products of bf16 in a process of its own, as AXPO_AMX is read once. python matrix_worker.py OUT TRAP SEED
 
-Writes the results to OUT (torch.save). TRAP: the library of amx_trap.c, for AMX instructions on a processor without; "" for none.
+Writes the results to OUT (torch.save). TRAP: the library of amx_trap.c, for AMX instructions on a processor without
+them; "" for none.
 """
 
 import ctypes
@@ -53,7 +54,8 @@ def attention_cases(name, shape):
     prompt = torch.randn(QUERIES, shape[0], shape[2]).bfloat16()
 
     def queries(begin, stop):
-        starts_here, length = (torch.tensor(x, dtype=torch.int32) for x in ([0, stop - begin], [tokens - QUERIES + stop]))
+        ends = [0, stop - begin], [tokens - QUERIES + stop]
+        starts_here, length = (torch.tensor(x, dtype=torch.int32) for x in ends)
         return paged_attention(prompt[begin:stop], k, v, tables[:1], starts_here, length, scale)
 
     yield f"{name}/whole", queries(0, QUERIES)

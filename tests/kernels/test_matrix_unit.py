@@ -83,7 +83,10 @@ def test_the_instructions_give_the_bits_of_the_emulation(emulated, tmp_path, see
 
 def test_the_choice_can_be_told_and_mistakes_are_named(emulated):
     assert emulated["why_not"] == "AXPO_AMX=emulate"
-    for mode, expected in (("off", "AXPO_AMX=off"), ("on", "ValueError: AXPO_AMX='on' is not one of auto, off, emulate")):
+    for mode, expected in (
+        ("off", "AXPO_AMX=off"),
+        ("on", "ValueError: AXPO_AMX='on' is not one of auto, off, emulate"),
+    ):
         command = [sys.executable, "-c", "import kernels._library as k; print(k.why_not_amx())"]
         environment = {**os.environ, "AXPO_AMX": mode, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
