@@ -78,9 +78,11 @@ def worker(way: str, path: Path, small: Path) -> None:
     from engine.weights import shards
 
     if way.startswith("trainer"):
-        import torch.distributed as dist
+        import torch
 
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        from axpo.distributed import initialise
+
+        initialise(torch.device("cpu"))
     load(way, small)
     gc.collect()
     weights = weight_bytes(way, path)
