@@ -4,15 +4,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from PIL import Image
 
 from axpo.conversation import Conversation
+from axpo.forks import call_uncertainty
 from axpo.grading import Grade, Grader
-from axpo.resample import call_uncertainty
 from axpo.tasks import Question
 from axpo.tools import Tool, ToolResult
 from axpo.tools.parse import ParsedCall
@@ -66,18 +66,29 @@ class Branch:
     """What the tools answered, a turn each."""
     sessions: dict[str, Tool] = field(default_factory=dict)
     """The tools with state that it has called; they end with the branch."""
+    inherited: Sequence[tuple[ToolCall, ToolResult]] = ()
+    """Its source's calls before the fork, in order."""
 
     @property
     def sampled(self) -> int:
         return self.roles.count(SAMPLED)
 
     def session(self, tool: Tool) -> Tool:
-        """The branch's own instance of a tool: what a resample calls has not seen its source's calls."""
+        """The branch's own instance of a tool. One with state has seen the calls before the fork, none behind it.
+
+        A state cannot be copied (an interpreter's least of all), so those calls are made again, in their order and on
+        the images that there were.
+        """
         if tool.name in self.sessions:
             return self.sessions[tool.name]
         made = tool.session()
         if made is not tool:
             self.sessions[tool.name] = made
+            images = list(self.question.images)
+            for call, result in self.inherited:
+                if call.name == tool.name and call.arguments is not None:
+                    made.call(call.arguments, images)
+                images += result.images
         return made
 
     def take_grade(self, grade: Grade) -> None:
@@ -178,8 +189,15 @@ class Agent:
         return groups
 
     def fork(self, step: int, source: Branch, at: int, count: int) -> list[Branch]:
-        """`count` continuations of the source's first `at` tokens, from the KV it holds: nothing is prefilled."""
-        call = source.calls[0]
+        """`count` continuations of the source's first `at` tokens, from the KV it holds: nothing is prefilled.
+
+        Turns, calls and images before the fork are theirs as well.
+        """
+        roles = source.roles[:at]
+        turns = sum(roles[i] == OBSERVATION != roles[i - 1] for i in range(1, at))
+        observed = source.observations[:turns]
+        results = [result for turn in observed for result in turn]
+        calls = [call for call in source.calls if call.end <= at]
         return [
             Branch(
                 id=f"{source.id}/r{index}",
@@ -187,15 +205,18 @@ class Agent:
                 question=source.question,
                 sequence=sequence,
                 seed=derive_seed(self.seed, step, source.question.id, source.id, at, index),
-                images=list(source.question.images),  # the fork is at the first call: no tool has answered yet
+                images=[*source.question.images, *(image for result in results for image in result.images)],
                 prompt_len=source.prompt_len,
-                roles=source.roles[:at],
+                roles=roles[:],
                 logprobs=source.logprobs[:at],
                 entropies=source.entropies[:at],
                 parent=source.id,
                 fork_token=at,
-                turn=call.turn,
-                turn_start=max(i for i in range(call.start + 1) if source.roles[i] != SAMPLED) + 1,
+                turn=turns,
+                turn_start=max(i for i in range(at) if roles[i] != SAMPLED) + 1,
+                calls=[replace(call) for call in calls],
+                observations=list(observed),
+                inherited=list(zip(calls, results, strict=True)),
             )
             for index, sequence in enumerate(source.sequence.fork(count, at))
         ]
@@ -364,10 +385,12 @@ class Agent:
         results = []
         for call, made in zip(calls, branch.calls[len(branch.calls) - len(calls) :], strict=True):
             if call.error is None and call.name is not None and call.arguments is not None:
+                begun = time.perf_counter()
                 try:
                     result = branch.session(self.conversation.tools[call.name]).call(call.arguments, branch.images)
                 except Exception as error:  # a fault of the tool costs this call, not the run
                     result = ToolResult.failure(f"the tool {call.name} failed: {type(error).__name__}: {error}")
+                made.seconds, made.timed_out = time.perf_counter() - begun, result.timed_out
             else:
                 result = ToolResult.failure(call.error or "the tool call is malformed")
             made.ok, made.error = result.ok, result.error

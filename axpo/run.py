@@ -165,7 +165,7 @@ class Run:
         self.life.wait()
         with self.spans("finish"):
             export_policy(self.learner, self.inputs.source, self.directory.policy)
-            if self.config.eval.questions:
+            if self.config.eval.questions and self.life.step:  # without a step, evaluate_before has done it
                 self.log.print("evaluating the trained policy …")
                 if not self._evaluate():
                     return self.life.save_and_stop()
