@@ -96,7 +96,7 @@ def _opened(recipes: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[tu
         content = _read(recipe)
         earlier = content.pop("recipes", [])
         if not (isinstance(earlier, list) and all(isinstance(name, str) for name in earlier)):
-            raise ConfigError(f"recipe {recipe}: recipes = {earlier!r}: must be a list of names, [\"mini\"]")
+            raise ConfigError(f'recipe {recipe}: recipes = {earlier!r}: must be a list of names, ["mini"]')
         folder = Path(recipe).parent
         earlier = [str(folder / name) if _is_path(name) else name for name in earlier]
         yield from _opened(earlier, (*within, recipe))

@@ -12,7 +12,7 @@ ForkAt = Literal["call", "prompt", "answer", "observation"]
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """tokens: how many are kept. confidence: mean exp(logprob) of what is judged, entropy: its mean exact entropy, nats.
+    """tokens: how many are kept. confidence: mean exp(logprob) of what is judged, entropy: its mean entropy in nats.
 
     rise: that entropy less the entropy of the rollout's first tokens, behind an observation; 0 elsewhere.
     """

@@ -25,8 +25,8 @@ class Candidate:
     """A fixed prefix that may be resampled; light, so that data-parallel ranks can gather all of them.
 
     group: the question's order in the step, over all ranks. rollout: the source's order in its group.
-    fork_token: tokens that are kept; under AXPO one past the opening <tool_call> tag of the first call. confidence: mean
-    exp(logprob) of the call, entropy: its mean exact entropy in nats; rise: see `axpo.forks.Fork`.
+    fork_token: tokens that are kept; under AXPO one past the opening <tool_call> tag of the first call. confidence:
+    mean exp(logprob) of the call, entropy: its mean exact entropy in nats; rise: see `axpo.forks.Fork`.
     """
 
     group: int
@@ -111,8 +111,8 @@ def select_prefixes(
     """At most `budget` candidates, breadth-first: every question gets its best before any gets a second.
 
     Within a question, prefixes come by rank: ascending confidence, descending entropy or rise, or at random; ties by
-    rollout order. Questions come by the rank of their best prefix, ties by question order, or in question order ("data").
-    The result depends on the set of candidates alone, so all ranks that know it select the same prefixes.
+    rollout order. Questions come by the rank of their best prefix, ties by question order, or in question order
+    ("data"). The result depends on the set of candidates alone, so all ranks that know it select the same prefixes.
     """
     scores = {c: (_score(c, rank, seed, step), c.group, c.rollout) for c in candidates}
     questions: dict[int, list[Candidate]] = {}

@@ -165,7 +165,8 @@ class Run:
         self.life.wait()
         with self.spans("finish"):
             export_policy(self.learner, self.inputs.source, self.directory.policy)
-            if self.config.eval.questions and self.life.step:  # without a step, evaluate_before has done it
+            evaluated = self.life.step == 0 and from_rank_0(self.directory.evaluation(0).exists)
+            if self.config.eval.questions and not evaluated:
                 self.log.print("evaluating the trained policy …")
                 if not self._evaluate():
                     return self.life.save_and_stop()
@@ -192,7 +193,8 @@ class Run:
         return result is not None
 
     def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
-        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.life.step)}
+        steps = {"before": 0, "after": self.life.step} if self.life.step else {"without training": 0}
+        files = {name: self.directory.evaluation(step) for name, step in steps.items()}
         return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
 
 

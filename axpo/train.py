@@ -57,7 +57,14 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
     Asked to stop, it gives up the rollouts of the step in flight, or ends its update, and saves the last whole step.
     """
     from axpo.advantage import advantage_std, assign_credit, shaped_reward
-    from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
+    from axpo.diagnostics import (
+        exploration_metrics,
+        packing_metrics,
+        rank_metrics,
+        resample_metrics,
+        rollout_metrics,
+        tool_metrics,
+    )
     from axpo.distributed import gather_objects
     from axpo.explore import StepAhead
     from axpo.packing import pack_trees
@@ -132,6 +139,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     [[(row.num_tokens, learner.flops(row)) for rows in minibatches for row in rows]]
                 )
                 metrics |= rollout_metrics(record.groups)
+                metrics |= tool_metrics(record.trajectories)
                 metrics |= packing_metrics(record.trajectories, packed, config.train.micro_batch_tokens)
                 if explored.budget:
                     metrics |= resample_metrics(record.groups, record.resamples, explored.budget, algo.trigger)

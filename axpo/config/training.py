@@ -111,8 +111,8 @@ class Algo(Section):
             )
         if self.mask_failed_suffix and not self.mask_recovered_suffix:
             raise ValueError(
-                "algo.mask_recovered_suffix = False: a source would be trained to its end only when its prefix could do "
-                "better; set algo.mask_failed_suffix to false as well"
+                "algo.mask_recovered_suffix = False: a source would be trained to its end only where its prefix could "
+                "do better; set algo.mask_failed_suffix to false as well"
             )
         return self
 

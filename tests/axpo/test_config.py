@@ -112,7 +112,12 @@ def test_values_from_the_command_line():
         ),
         (["mni"], ["recipe 'mni'", "did you mean mini?", "mini-grpo"]),
         (["none/such.toml"], ["recipe 'none/such.toml'", "no such file"]),
-        (["mini", "mini-grpo"], ["one recipe at most", "'mini', 'mini-grpo'"]),
+        (["mini", "grop"], ["recipe 'grop'", "did you mean grpo?"]),
+        (["mini", "--algo.trigger", "no_tool"], ["algo.fork_at = 'call'", "'no_tool'", "'answer' or 'prompt'"]),
+        (["--algo.rank", "entropy_rise"], ["--algo.rank = 'entropy_rise'", "algo.fork_at is 'call'", "'observation'"]),
+        (["arpo", "--algo.merge_continuations=false"], ["algo.prefix_reward = 'mean'", "algo.merge_continuations"]),
+        (["--algo.mask_recovered_suffix=false"], ["algo.mask_recovered_suffix", "algo.mask_failed_suffix to false"]),
+        (["--algo.entropy_window", "0"], ["algo.entropy_window", "'0'", "greater than or equal to 1"]),
         (["mini-sft"], ["recipe mini-sft", "sft: unknown field"]),
     ],
 )
