@@ -104,10 +104,11 @@ def _opened(recipes: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _override(values: dict[str, Any], content: dict[str, Any]) -> None:
-    """Field by field; what is no table is kept as it is, to be reported with the other mistakes."""
+    """Field by field. What is no table stays what it is, to be reported with the other mistakes."""
     for section, fields in content.items():
-        before = values.get(section)
-        values[section] = {**before, **fields} if isinstance(before, dict) and isinstance(fields, dict) else fields
+        before = values.get(section, {})
+        if isinstance(before, dict):
+            values[section] = {**before, **fields} if isinstance(fields, dict) else fields
 
 
 def _is_path(recipe: str) -> bool:
