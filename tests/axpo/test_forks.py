@@ -20,7 +20,7 @@ KINDS = ("call", "prompt", "answer", "observation")
 def judged(rollout: Trajectory, inside: list[int]) -> tuple[float, float]:
     """(mean probability, mean entropy) of these tokens."""
     probabilities = [math.exp(rollout.logprobs[i] or 0.0) for i in inside]
-    return float(np.mean(probabilities)), float(np.mean([rollout.entropies[i] for i in inside]))
+    return float(np.mean(probabilities)), float(np.mean([rollout.entropies[i] or 0.0 for i in inside]))
 
 
 def plain_fork(rollout: Trajectory, kind: str, window: int) -> tuple[int, list[int]] | None:

@@ -62,14 +62,14 @@ def question() -> Question:
 
 @pytest.fixture(scope="module")
 def conversing(agent: Agent, python: Python) -> Agent:
-    tools = {tool.name: tool for tool in (python, Slow())}
+    tools: dict[str, Tool] = {tool.name: tool for tool in (python, Slow())}
     return Agent(agent.llm, Conversation(agent.llm.processor, tools), seed=0)
 
 
 def opened(agent: Agent, question: Question) -> Branch:
     sequence = agent._open(question, LIMITS)
     n = len(sequence)
-    nothing = [None] * n
+    nothing: list[float | None] = [None] * n
     return Branch(
         "b", 0, question, sequence, 0, list(question.images), n, [PROMPT] * n, nothing[:], nothing[:], turn_start=n
     )
