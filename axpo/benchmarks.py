@@ -20,7 +20,8 @@ from axpo.scores import Scores, scores
 from axpo.tasks import Task, get_task, task_names
 
 if TYPE_CHECKING:
-    from axpo.rollout import Agent, Branch
+    from axpo.branch import Branch
+    from axpo.rollout import Agent
 
 _BATCH = 64  # questions that are rolled out at once, which bounds the KV that is held
 # What may differ between the parts of an evaluation: which questions, and how often.
