@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from axpo.branch import Limits
 from axpo.config import Config
 from axpo.distributed import barrier, rank, world_size
 from axpo.grading import final_answer
 from axpo.outfolder import open_folder
-from axpo.rollout import Limits
 from axpo.rundir import write_json
 from axpo.scores import Scores, scores
 from axpo.tasks import Task, get_task, task_names

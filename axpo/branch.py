@@ -1,4 +1,4 @@
-"""A rollout, or a continuation of one, while it is made."""
+"""A rollout in progress, and what bounds it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,19 @@ from axpo.tasks import Question
 from axpo.tools import Tool, ToolResult
 from axpo.trajectory import SAMPLED, Status, ToolCall
 from engine import Sequence as EngineSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections."""
+
+    max_turns: int
+    max_new_tokens: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

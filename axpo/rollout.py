@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from axpo.branch import Branch
+from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
 from axpo.forks import call_uncertainty
 from axpo.grading import Grade, Grader
@@ -21,19 +21,6 @@ from engine import Sequence as EngineSequence
 
 _POLL_S = 0.002
 """Between looks at what other ranks have finished, when this one has nothing to compute."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections."""
-
-    max_turns: int
-    max_new_tokens: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    presence_penalty: float = 0.0
 
 
 Pending = tuple[Branch, Callable[[Any], None]]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from axpo.branch import Branch
+from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
 from axpo.diagnostics import tool_metrics
-from axpo.rollout import Agent, Limits
+from axpo.rollout import Agent
 from axpo.tasks import Question, get_task
 from axpo.tools import Tool, ToolResult
 from axpo.tools.python import Python
