@@ -8,7 +8,7 @@ import numpy as np
 
 from axpo.trajectory import SAMPLED, Trajectory
 
-PrefixReward = Literal["original", "joint", "own"]
+PrefixReward = Literal["original", "joint", "own", "mean"]
 Scale = Literal["group", "batch", "none"]
 Shape = Callable[[Trajectory], float]
 """Trajectory → the reward of which advantages are taken."""
@@ -23,6 +23,7 @@ def assign_credit(
     shape: Shape = attrgetter("reward"),
     prefix_reward: PrefixReward = "original",
     mask_failed_suffix: bool = True,
+    mask_recovered_suffix: bool = True,
     merge: bool = False,
     drop_equal: bool = False,
 ) -> None:
@@ -30,12 +31,15 @@ def assign_credit(
 
     groups: the N original rollouts of each question. resamples: source rollout id → its K continuations.
     Every generated token is trained from at most one trajectory: a continuation on its own tokens, its source on the
-    prefix; the source's suffix is masked. Without resamples this is GRPO, bit for bit.
+    prefix; the source's suffix is masked. Without resamples this is GRPO, bit for bit. Continuations from the prompt
+    (an ablation) share nothing that was sampled: their source is credited as if it had none.
     prefix_reward: "original" normalises each recovery reward among the group's original rewards, "joint" with the
     recovery rewards of all the group's sources in their places; "own" gives the prefix no credit for a recovery: it
-    keeps its rollout's advantage (an ablation of the paper's).
+    keeps its rollout's advantage (an ablation of the paper's). "mean", which needs `merge`: the mean advantage of the
+    source and its continuations, all of which go on from it (ARPO's hard attribution, arXiv 2507.19849).
     merge: continuations join their source's group in every normalisation (an ablation too).
-    mask_failed_suffix=False trains the suffix of a source that no continuation recovered, as GRPO would.
+    mask_failed_suffix=False trains the suffix of a source that no continuation recovered, as GRPO would;
+    mask_recovered_suffix=False also that of one which was (ARPO: the source is one branch of K + 1).
     std: what centred rewards are divided by in place of their own group's (`advantage_std`).
     shape: reward shaping. Triggers and recoveries stay what the answers are, and a recovery reward is 0 or 1.
     drop_equal masks a question's rollouts, and a prefix's continuations, where all their advantages are 0: DAPO's
@@ -54,11 +58,16 @@ def assign_credit(
         for index, rollout in enumerate(group):
             _train(rollout, 0, len(rollout.tokens), advantages[index])
             if continuations := resamples.get(rollout.id):
-                _credit_source(rollout, continuations, prefixes[index], mask_failed_suffix)
                 own = group_advantages([shape(c) for c in continuations], eps, std)
                 if merge:
                     own = advantages[merged : merged + len(continuations)]
                     merged += len(continuations)
+                prefix = prefixes[index]
+                if prefix_reward == "mean":
+                    prefix = float(np.mean([advantages[index], *own]))
+                recovered = any(continuation.correct for continuation in continuations)
+                masked = mask_recovered_suffix if recovered else mask_failed_suffix
+                _credit_source(rollout, continuations, prefix, masked)
                 _credit_continuations(continuations, own)
         if drop_equal:
             for trajectories in (group, *(resamples.get(rollout.id, ()) for rollout in group)):
@@ -115,7 +124,7 @@ def prefix_advantages(
     rewards: the group's original N. recovered: index of each source → whether any of its continuations is correct.
     std: as for `group_advantages`.
     """
-    if prefix_reward == "own":
+    if prefix_reward in ("own", "mean"):  # "mean" is known when the continuations' are
         own = group_advantages(rewards, eps, std)
         return {source: float(own[source]) for source in recovered}
     joint = [float(recovered.get(i, reward)) for i, reward in enumerate(rewards)]
@@ -132,11 +141,13 @@ def _recoveries(group: Sequence[Trajectory], resamples: Mapping[str, Sequence[Tr
 
 
 def _credit_source(
-    source: Trajectory, continuations: Sequence[Trajectory], prefix_advantage: float, mask_failed_suffix: bool
+    source: Trajectory, continuations: Sequence[Trajectory], prefix_advantage: float, mask_suffix: bool
 ) -> None:
     fork = _fork_token(source, continuations)
+    if fork == source.prompt_len:
+        return
     source.advantages[:fork] = [prefix_advantage if trained else 0.0 for trained in source.loss_mask[:fork]]
-    if mask_failed_suffix or any(continuation.correct for continuation in continuations):
+    if mask_suffix:
         source.loss_mask[fork:] = [0] * (len(source.tokens) - fork)
         source.advantages[fork:] = [0.0] * (len(source.tokens) - fork)
 
@@ -159,7 +170,7 @@ def _fork_token(source: Trajectory, continuations: Sequence[Trajectory]) -> int:
     """The one index at which all continuations leave their source; ValueError when they disagree with it."""
     forks = {continuation.fork_token for continuation in continuations}
     fork = forks.pop()
-    if forks or fork is None or not source.prompt_len < fork <= len(source.tokens):
+    if forks or fork is None or not source.prompt_len <= fork <= len(source.tokens):
         raise ValueError(f"resamples of {source.id} must fork at one token behind its prompt, not {fork} and {forks}")
     for continuation in continuations:
         if continuation.parent != source.id or continuation.tokens[:fork] != source.tokens[:fork]:

@@ -1,4 +1,4 @@
-"""Command line of the programs: defaults < recipe < `--section.field value`, checked before anything is loaded."""
+"""Command line of the programs: defaults < recipes < `--section.field value`, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -43,10 +43,15 @@ def resolve(schema: type[C], argv: Sequence[str], *, recipe: str, parser: argpar
     """As `load_config`; raises ConfigError."""
     parser = parser or _parser(schema, "axpo", recipe)
     fields = dict(leaf_fields(schema))
-    options = _parse(parser, argv, fields)
-    chosen = options.pop("recipe", None) or recipe
-    values: dict[str, dict[str, Any]] = read_recipe(chosen)
-    source = dict.fromkeys(_dotted(values), f"recipe {chosen}: ")
+    options, given = _parse(parser, argv, fields)
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, content in _opened(given or [recipe]):
+        _override(values, content)
+        source |= dict.fromkeys(_dotted(content), f"recipe {name}: ")
+    if len(given) > 1 and source.get("run.name") != f"recipe {given[-1]}: ":
+        _override(values, {"run": {"name": "-".join(Path(name).stem for name in given)}})
+        source["run.name"] = f"recipes {' '.join(given)}: "
     for name, text in options.items():
         section, leaf = name.split(".")
         if not isinstance(values.setdefault(section, {}), dict):
@@ -68,9 +73,50 @@ def leaf_fields(schema: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """The values of an embedded recipe (by its name) or of a TOML file (by its path); ConfigError when it has none."""
-    is_path = recipe.endswith(".toml") or os.sep in recipe
-    path = Path(recipe) if is_path else RECIPES / f"{recipe}.toml"
+    """The values of an embedded recipe (by its name) or of a TOML file (by its path), with those that it goes on from.
+
+    Raises:
+        ConfigError: there is no such recipe, it is not TOML, or `recipes` in it is wrong.
+    """
+    values: dict[str, Any] = {}
+    for _, content in _opened([recipe]):
+        _override(values, content)
+    return values
+
+
+def _opened(recipes: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, its own values) of each recipe, and before it of those in its `recipes`: later ones override earlier.
+
+    `recipes = ["mini", "grpo"]` at the top of a file is what a command line of these two would be. A path in it is
+    relative to the file.
+    """
+    for recipe in recipes:
+        if recipe in within:
+            raise ConfigError(f"recipe {within[0]!r}: its recipes lead back to {recipe!r}; leave one of them out")
+        content = _read(recipe)
+        earlier = content.pop("recipes", [])
+        if not (isinstance(earlier, list) and all(isinstance(name, str) for name in earlier)):
+            raise ConfigError(f'recipe {recipe}: recipes = {earlier!r}: must be a list of names, ["mini"]')
+        folder = Path(recipe).parent
+        earlier = [str(folder / name) if _is_path(name) else name for name in earlier]
+        yield from _opened(earlier, (*within, recipe))
+        yield recipe, content
+
+
+def _override(values: dict[str, Any], content: dict[str, Any]) -> None:
+    """Field by field. What is no table stays what it is, to be reported with the other mistakes."""
+    for section, fields in content.items():
+        before = values.get(section, {})
+        if isinstance(before, dict):
+            values[section] = {**before, **fields} if isinstance(fields, dict) else fields
+
+
+def _is_path(recipe: str) -> bool:
+    return recipe.endswith(".toml") or os.sep in recipe
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = Path(recipe) if _is_path(recipe) else RECIPES / f"{recipe}.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -91,13 +137,14 @@ def _parser(schema: type[BaseModel], prog: str, recipe: str) -> argparse.Argumen
     parser = argparse.ArgumentParser(
         prog=f"[torchrun] -m {prog}" if prog.startswith("axpo.") else prog,
         description=(schema.__doc__ or "").strip().splitlines()[0],
-        epilog=f"Later wins: defaults, recipe, options. Embedded recipes: {', '.join(recipe_names())}.",
+        epilog=f"Later wins: defaults, recipes in their order, options. Embedded recipes: {', '.join(recipe_names())}.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
-        usage="%(prog)s [recipe.toml or recipe name] [--section.field value ...]",
+        usage="%(prog)s [recipe.toml or recipe name ...] [--section.field value ...]",
     )
-    parser.add_argument("recipe", nargs="?", help=f"TOML file or embedded recipe (default: {recipe})")
+    several = "several, such as 'mini cispo', name the run after themselves unless the last one or --run.name does"
+    parser.add_argument("recipe", nargs="*", help=f"TOML file or embedded recipe; {several} (default: {recipe})")
     tuned = _dotted(read_recipe(recipe))
     groups: dict[str, Any] = {}
     for name, info in leaf_fields(schema):
@@ -112,8 +159,10 @@ def _parser(schema: type[BaseModel], prog: str, recipe: str) -> argparse.Argumen
     return parser
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], fields: dict[str, FieldInfo]) -> dict[str, str]:
-    """Option texts by dotted name, and the positional recipe; unknown options and stray words are ConfigErrors."""
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], fields: dict[str, FieldInfo]
+) -> tuple[dict[str, str], list[str]]:
+    """Option texts by dotted name, and the recipes in their order; an unknown option is a ConfigError."""
     joined: list[str] = []
     words = iter(range(len(argv)))
     for i in words:
@@ -137,10 +186,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], fields: dict[st
         else:  # joined here, since argparse takes a value like -1e-3 for an option
             joined.append(f"{word}={following}")
             next(words)
-    stray = [word for word in joined if not word.startswith("--")]
-    if len(stray) > 1:
-        raise ConfigError(f"one recipe at most, got {', '.join(map(repr, stray))}; options are --section.field value")
-    return vars(parser.parse_args(joined))
+    recipes = [word for word in joined if not word.startswith("--")]
+    return vars(parser.parse_args([word for word in joined if word.startswith("--")])), recipes
 
 
 def _no_value(word: str) -> bool:
@@ -167,8 +214,9 @@ def _explain(error: ErrorDetails, source: dict[str, str], fields: dict[str, Fiel
     name = ".".join(str(part) for part in error["loc"][:2])
     sections = dict.fromkeys(field.split(".")[0] for field in fields)
     origin = source.get(name, "")
-    if error["type"] == "value_error":  # the messages of config.py name field and value themselves
-        return error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # the messages of axpo.config name field and value themselves
+        message = error["msg"].removeprefix("Value error, ")
+        return source.get(message.partition(" = ")[0], "") + message
     if error["type"] == "extra_forbidden":
         where = source.get(name) or next((v for k, v in source.items() if k.startswith(f"{name}.")), "")
         return f"{where}{name}: unknown field{_nearest(name, [*fields, *sections])}"

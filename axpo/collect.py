@@ -1,4 +1,4 @@
-"""Teacher trajectories: `[torchrun] -m axpo.collect [recipe] [--section.field value …]`.
+"""Teacher trajectories: `[torchrun] -m axpo.collect [recipe …] [--section.field value …]`.
 
 `model.path` rolls out on the training questions with `eval`'s sampling; what it gets right becomes conversations for
 axpo.sft. The outcomes of a student and of a teacher choose the questions of RL: `python -m axpo.data filter`.
@@ -17,7 +17,8 @@ from axpo.config import CollectConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from axpo.rollout import Agent, Branch
+    from axpo.branch import Branch
+    from axpo.rollout import Agent
     from axpo.tasks import Task
 
 

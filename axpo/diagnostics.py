@@ -1,13 +1,15 @@
 """The paper's diagnostics of one step, as flat metrics (PAPER.md, "Diagnostics to log and plot")."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
+import numpy as np
+
+from axpo.call_clusters import call_behind_fork, call_clusters, exact_key
 from axpo.explore import Exploration
-from axpo.resample import Candidate, all_wrong, rank_correlation, tool_using
-from axpo.trajectory import SAMPLED, Trajectory
+from axpo.resample import Candidate, Trigger, all_wrong, rank_correlation, tool_using, triggered, without_tool
+from axpo.trajectory import SAMPLED, ToolCall, Trajectory
 
 Groups = Sequence[Sequence[Trajectory]]
 Metrics = dict[str, float | None]
@@ -16,10 +18,10 @@ Metrics = dict[str, float | None]
 def rollout_metrics(groups: Groups) -> Metrics:
     """Rewards, tool use and lengths of the step's original rollouts. None where there is nothing to count."""
     rollouts = [rollout for group in groups for rollout in group]
-    with_tool, without = _split(rollouts)
+    with_tool, without = tool_using(rollouts), without_tool(rollouts)
     calls = [call for rollout in rollouts for call in rollout.tool_calls]
     attempted = [subgroup for group in groups if (subgroup := tool_using(group))]
-    unaided = [subgroup for group in groups if (subgroup := _split(group)[1])]
+    unaided = [subgroup for group in groups if (subgroup := without_tool(group))]
     size = max(map(len, groups))
     counts = Counter(len(tool_using(group)) for group in groups)
     return {
@@ -31,7 +33,7 @@ def rollout_metrics(groups: Groups) -> Metrics:
         "no_tool/accuracy": _mean(rollout.correct for rollout in without),
         "tool/calls": float(len(calls)),
         "tool/failed_rate": _mean(not call.ok for call in calls),
-        "tool/malformed_rate": _mean(call.name is None or call.arguments is None for call in calls),
+        "tool/malformed_rate": _mean(_malformed(call) for call in calls),
         "tool/all_wrong_rate": _mean(all_wrong(subgroup) for subgroup in attempted),
         "no_tool/all_wrong_rate": _mean(all_wrong(subgroup) for subgroup in unaided),
         "length/sampled_tokens": _mean(rollout.roles.count(SAMPLED) for rollout in rollouts),
@@ -42,25 +44,66 @@ def rollout_metrics(groups: Groups) -> Metrics:
     }
 
 
-def resample_metrics(groups: Groups, resamples: Mapping[str, Sequence[Trajectory]], budget: int) -> Metrics:
-    """What resampling did to the all-wrong tool-using subgroups. `budget` is in continuations."""
+def resample_metrics(
+    groups: Groups, resamples: Mapping[str, Sequence[Trajectory]], budget: int, trigger: Trigger = "tool"
+) -> Metrics:
+    """What resampling did to the subgroups of the trigger. `budget` is in continuations.
+
+    A subgroup is restored when a continuation of one of its rollouts is right and, like the subgroup, used a tool or
+    did not (under AXPO each does). Without a trigger ("always") the tool-using subgroups are watched.
+    """
     continuations = [continuation for branches in resamples.values() for continuation in branches]
-    attempted = [subgroup for group in groups if (subgroup := tool_using(group))]
-    triggered = [subgroup for subgroup in attempted if all_wrong(subgroup)]
-    restored = [subgroup for subgroup in triggered if any(_recovered(rollout, resamples) for rollout in subgroup)]
-    distinct = [len({_call_key(branch) for branch in branches}) for branches in resamples.values()]
+    watched: Trigger = "tool" if trigger == "always" else trigger
+    subgroups = {kind: [s for group in groups if (s := pick(group))] for kind, pick in _SUBGROUPS.items()}
+    fired = [chosen for group in groups if (chosen := triggered(group, watched))]
+    calls = [_calls(branches) for branches in resamples.values()]
+    calls = [distinct for distinct in calls if distinct is not None]
     return {
         "resample/budget": float(budget),
-        "resample/triggered": float(len(triggered)),
+        "resample/triggered": float(len(fired)),
         "resample/prefixes": float(len(resamples)),
         "resample/continuations": float(len(continuations)),
-        "resample/restore_rate": len(restored) / len(triggered) if triggered else None,
+        "resample/restore_rate": _mean(_restored(subgroup, resamples) for subgroup in fired),
         "resample/success_rate": _mean(continuation.correct for continuation in continuations),
-        "resample/distinct_calls": _mean(distinct),
-        "resample/collapsed_rate": _mean(count == 1 for count in distinct),
+        "resample/distinct_calls": _mean(distinct for distinct, _ in calls),
+        "resample/call_clusters": _mean(clusters for _, clusters in calls),
+        "resample/collapsed_rate": _mean(clusters == 1 for _, clusters in calls),
+        "resample/malformed_rate": _mean(
+            _malformed(call) for t in continuations if (call := call_behind_fork(t)) is not None
+        ),
         "credit/untrained_prefixes": float(sum(not _trained(branches) for branches in resamples.values())),
-        "tool/all_wrong_rate_after": (len(triggered) - len(restored)) / len(attempted) if attempted else None,
+        **{
+            f"{kind}/all_wrong_rate_after": _mean(all_wrong(s) and not _restored(s, resamples) for s in some)
+            for kind, some in subgroups.items()
+        },
     }
+
+
+def tool_metrics(trajectories: Iterable[Trajectory]) -> Metrics:
+    """Of each tool that was reached, by rollouts and resamples: calls, errors, timeouts, latency and accuracy.
+
+    A call counts where it was made, not in a continuation that has it from its source. latency is of the call alone,
+    without waiting for a worker; accuracy is the share of right trajectories among those that called the tool.
+    """
+    by_tool: dict[str, list[tuple[ToolCall, Trajectory]]] = {}
+    for trajectory in trajectories:
+        for call in trajectory.tool_calls:
+            if call.seconds is not None and call.name is not None and call.end > (trajectory.fork_token or 0):
+                by_tool.setdefault(call.name, []).append((call, trajectory))
+    metrics: Metrics = {}
+    for name, made in sorted(by_tool.items()):
+        seconds = [call.seconds for call, _ in made]
+        callers = {trajectory.id: trajectory.correct for _, trajectory in made}
+        median, p95 = np.percentile(np.array(seconds, np.float64), (50, 95))
+        metrics |= {
+            f"tool/{name}/calls": float(len(made)),
+            f"tool/{name}/error_rate": _mean(not call.ok for call, _ in made),
+            f"tool/{name}/timeout_rate": _mean(call.timed_out for call, _ in made),
+            f"tool/{name}/accuracy": _mean(callers.values()),
+            f"tool/{name}/latency_median_s": float(median),
+            f"tool/{name}/latency_p95_s": float(p95),
+        }
+    return metrics
 
 
 def exploration_metrics(explored: Exploration) -> Metrics:
@@ -110,25 +153,22 @@ def _trained(trajectories: Sequence[Trajectory]) -> bool:
     return any(any(trajectory.loss_mask) for trajectory in trajectories)
 
 
-def _recovered(rollout: Trajectory, resamples: Mapping[str, Sequence[Trajectory]]) -> bool:
-    return any(continuation.correct for continuation in resamples.get(rollout.id, ()))
+def _restored(subgroup: Sequence[Trajectory], resamples: Mapping[str, Sequence[Trajectory]]) -> bool:
+    kind = subgroup[0].used_tool
+    return any(c.correct and c.used_tool == kind for rollout in subgroup for c in resamples.get(rollout.id, ()))
 
 
-def _call_key(trajectory: Trajectory) -> str:
-    """Two calls are one when tool and arguments are equal; a malformed call is what was sampled."""
-    call = trajectory.first_call
-    if call is None or call.arguments is None:
-        start = trajectory.fork_token or 0
-        return repr(trajectory.tokens[start : call.end if call else None])
-    return json.dumps([call.name, call.arguments], sort_keys=True)
+def _calls(continuations: Sequence[Trajectory]) -> tuple[int, int] | None:
+    """(different ones, clusters) of the calls that continuations of one prefix made; None when none made a call."""
+    made = [(t, call) for t in continuations if (call := call_behind_fork(t)) is not None]
+    return (len({exact_key(*one) for one in made}), len(call_clusters(continuations))) if made else None
 
 
-def _split(rollouts: Iterable[Trajectory]) -> tuple[list[Trajectory], list[Trajectory]]:
-    """(tool-using, others)."""
-    both: tuple[list[Trajectory], list[Trajectory]] = ([], [])
-    for rollout in rollouts:
-        both[not rollout.used_tool].append(rollout)
-    return both
+def _malformed(call: ToolCall) -> bool:
+    return call.name is None or call.arguments is None
+
+
+_SUBGROUPS = {"tool": tool_using, "no_tool": without_tool}
 
 
 def _mean(values: Iterable[float]) -> float | None:

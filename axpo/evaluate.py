@@ -1,4 +1,4 @@
-"""Pass@1, Pass@k and tool use: `[torchrun] -m axpo.evaluate [recipe] [--section.field value …]`.
+"""Pass@1, Pass@k and tool use: `[torchrun] -m axpo.evaluate [recipe …] [--section.field value …]`.
 
 On held-out questions of the task, as a run does before and after; on benchmarks with `--eval.benchmarks`.
 """

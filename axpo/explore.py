@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 
+from axpo.branch import Branch, Limits
 from axpo.config import Algo
 from axpo.distributed import Bulletin, rank, world_size
-from axpo.resample import Candidate, PrefixBoard, find_candidates, prefix_budget, select_prefixes
-from axpo.rollout import Agent, Branch, Limits
+from axpo.resample import Candidate, PrefixBoard, Rule, find_candidates, prefix_budget, select_prefixes
+from axpo.rollout import Agent
 from axpo.tasks import Question
 from axpo.trajectory import Trajectory
 
@@ -24,12 +25,14 @@ class Exploration:
     """This rank's share of a step, all of it ended.
 
     groups: the rollouts of each question, in question order. resamples: by the id of their source.
-    budget: continuations that the step could take, over all ranks. seconds: until the last rollout ended, then with
-    resamples alone. early: resamples that began before that. tool_wait_s: of it, with nothing to decode.
+    candidates: what could be resampled, in question order then rollout order. budget: continuations that the step could
+    take, over all ranks. seconds: until the last rollout ended, then with resamples alone. early: resamples that began
+    before that. tool_wait_s: of it, with nothing to decode.
     """
 
     groups: list[list[Trajectory]]
     resamples: dict[str, list[Trajectory]] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
     budget: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
     early: int = 0
@@ -53,15 +56,17 @@ def explore(
     select = partial(select_prefixes, rank=algo.rank, question_order=algo.question_order, seed=seed, step=step)
     bulletin = _bulletin(step) if prefixes and world_size() > 1 else None
     board = PrefixBoard(total, algo.group_size, prefixes, select, bulletin)
+    rule = Rule(algo.trigger, algo.fork_at, agent.conversation.markup.think_end, algo.entropy_window)
     begun, waited = time.perf_counter(), agent.tool_wait_s
     branches = agent.start(step, questions, algo.group_size, limits)
-    followup = _Followup(agent, step, branches, board, algo.resamples_per_prefix)
+    followup = _Followup(agent, step, branches, board, rule, algo.resamples_per_prefix)
     agent.advance([branch for group in branches for branch in group], limits, followup)
     ended = time.perf_counter()
     last = followup.last_rollout or ended
     return Exploration(
         groups=[followup.groups[group] for group, _ in questions],
         resamples=followup.resamples(),
+        candidates=sorted(followup.candidates, key=lambda c: (c.group, c.rollout)),
         budget=prefixes * algo.resamples_per_prefix,
         seconds=(last - begun, ended - last),
         early=followup.early,
@@ -78,9 +83,18 @@ def _bulletin(step: int) -> Bulletin:
 class _Followup:
     """Grades groups as they end and forks the prefixes that the board has selected."""
 
-    def __init__(self, agent: Agent, step: int, groups: Sequence[Sequence[Branch]], board: PrefixBoard, count: int):
-        self.agent, self.step, self.board, self.count = agent, step, board, count
+    def __init__(
+        self,
+        agent: Agent,
+        step: int,
+        groups: Sequence[Sequence[Branch]],
+        board: PrefixBoard,
+        rule: Rule,
+        count: int,
+    ):
+        self.agent, self.step, self.board, self.rule, self.count = agent, step, board, rule, count
         self.groups: dict[int, list[Trajectory]] = {}
+        self.candidates: list[Candidate] = []
         self.early, self.last_rollout = 0, 0.0
         self._running = {group[0].group: list(group) for group in groups}
         self._left = {group: len(branches) for group, branches in self._running.items()}
@@ -102,7 +116,9 @@ class _Followup:
         self._sources |= {member.id: member for member in branches}
         if not self._running:
             self.last_rollout = time.perf_counter()
-        self.board.finish(branch.group, find_candidates([group]))
+        found = find_candidates([group], self.rule)
+        self.candidates += found
+        self.board.finish(branch.group, found)
         return self._fork_selected()
 
     def poll(self) -> Sequence[Branch] | None:

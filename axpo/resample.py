@@ -1,4 +1,4 @@
-"""Which prefixes AXPO resamples: trigger, candidates, ranking and the breadth-first budget (PAPER.md, "AXPO" 1–4)."""
+"""Which prefixes are resampled: trigger, candidates, ranking and the breadth-first budget (PAPER.md, "AXPO" 1–4)."""
 
 import math
 import random
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from axpo.forks import ForkAt, find_fork
 from axpo.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from axpo.distributed import Bulletin
 
-Rank = Literal["confidence", "entropy", "random"]
+Trigger = Literal["tool", "no_tool", "always"]
+Rank = Literal["confidence", "entropy", "random", "entropy_rise"]
 QuestionOrder = Literal["rank", "data"]
 
 
@@ -23,8 +25,8 @@ class Candidate:
     """A fixed prefix that may be resampled; light, so that data-parallel ranks can gather all of them.
 
     group: the question's order in the step, over all ranks. rollout: the source's order in its group.
-    fork_token: one past the opening <tool_call> tag of the first call. confidence: mean exp(logprob) of the call,
-    entropy: its mean exact entropy in nats (`call_uncertainty`).
+    fork_token: tokens that are kept; under AXPO one past the opening <tool_call> tag of the first call. confidence:
+    mean exp(logprob) of the call, entropy: its mean exact entropy in nats; rise: see `axpo.forks.Fork`.
     """
 
     group: int
@@ -33,15 +35,41 @@ class Candidate:
     fork_token: int
     confidence: float
     entropy: float
+    rise: float = 0.0
 
 
-def find_candidates(groups: Sequence[Sequence[Trajectory]]) -> list[Candidate]:
-    """Every tool-using rollout of every triggered group, in question order then rollout order."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which rollouts may be resampled (`trigger`), and from where on; the rest are arguments of `find_fork`.
+
+    tool: the tool-using rollouts of a question, when all of them are wrong. no_tool: those without a call, likewise.
+    always: every rollout.
+    """
+
+    trigger: Trigger = "tool"
+    fork_at: ForkAt = "call"
+    think_end: int = -1
+    window: int = 20
+
+
+AXPO = Rule()
+
+
+def find_candidates(groups: Sequence[Sequence[Trajectory]], rule: Rule = AXPO) -> list[Candidate]:
+    """Every rollout of a triggered subgroup that can be forked, in question order then rollout order."""
     found = []
     for group in groups:
-        if all_wrong(tool_using(group)):
-            found += [c for i, rollout in enumerate(group) if (c := candidate(rollout, i)) is not None]
+        chosen = {rollout.id for rollout in triggered(group, rule.trigger)}
+        found += [c for i, r in enumerate(group) if r.id in chosen and (c := candidate(r, i, rule)) is not None]
     return sorted(found, key=lambda c: (c.group, c.rollout))
+
+
+def triggered(group: Sequence[Trajectory], trigger: Trigger) -> list[Trajectory]:
+    """The rollouts of the group that the trigger takes, none when it does not fire."""
+    if trigger == "always":
+        return list(group)
+    subgroup = tool_using(group) if trigger == "tool" else without_tool(group)
+    return subgroup if all_wrong(subgroup) else []
 
 
 def tool_using(group: Sequence[Trajectory]) -> list[Trajectory]:
@@ -49,33 +77,21 @@ def tool_using(group: Sequence[Trajectory]) -> list[Trajectory]:
     return [rollout for rollout in group if rollout.used_tool]
 
 
+def without_tool(group: Sequence[Trajectory]) -> list[Trajectory]:
+    return [rollout for rollout in group if not rollout.used_tool]
+
+
 def all_wrong(rollouts: Sequence[Trajectory]) -> bool:
-    """Non-empty, and none is correct: on the tool-using subgroup this is the trigger."""
+    """Non-empty, and none is correct: on the tool-using subgroup this is the paper's trigger."""
     return bool(rollouts) and not any(rollout.correct for rollout in rollouts)
 
 
-def candidate(rollout: Trajectory, index: int) -> Candidate | None:
-    """The rollout's prefix as a candidate; None without a call, or when its opening tag was the last token."""
-    call, uncertainty = rollout.first_call, call_uncertainty(rollout)
-    if call is None or uncertainty is None:
+def candidate(rollout: Trajectory, index: int, rule: Rule = AXPO) -> Candidate | None:
+    """The rollout's prefix as a candidate; None where it cannot be forked, without a call for one."""
+    fork = find_fork(rollout, rule.fork_at, rule.think_end, rule.window)
+    if fork is None:
         return None
-    return Candidate(rollout.group, index, rollout.id, call.start + 1, *uncertainty)
-
-
-def call_uncertainty(rollout: Trajectory) -> tuple[float, float] | None:
-    """(confidence, mean entropy) of the first call, over its tokens behind the opening tag, closing tag included.
-
-    The opening tag is one token of the vocabulary. None when there is no call or nothing was sampled behind the tag.
-    """
-    call = rollout.first_call
-    if call is None or call.end <= call.start + 1:
-        return None
-    span = slice(call.start + 1, call.end)
-    logprobs = [lp for lp in rollout.logprobs[span] if lp is not None]
-    entropies = [h for h in rollout.entropies[span] if h is not None]
-    if len(logprobs) != call.end - call.start - 1 or len(entropies) != len(logprobs):
-        raise ValueError(f"trajectory {rollout.id}: its first call {call.start}:{call.end} holds tokens not sampled")
-    return math.fsum(map(math.exp, logprobs)) / len(logprobs), math.fsum(entropies) / len(entropies)
+    return Candidate(rollout.group, index, rollout.id, fork.tokens, fork.confidence, fork.entropy, fork.rise)
 
 
 def prefix_budget(ratio: float, questions: int, group_size: int, resamples_per_prefix: int) -> int:
@@ -94,9 +110,9 @@ def select_prefixes(
 ) -> list[Candidate]:
     """At most `budget` candidates, breadth-first: every question gets its best before any gets a second.
 
-    Within a question, prefixes come by rank: ascending confidence, descending entropy, or at random; ties by rollout
-    order. Questions come by the rank of their best prefix, ties by question order, or in question order ("data").
-    The result depends on the set of candidates alone, so all ranks that know it select the same prefixes.
+    Within a question, prefixes come by rank: ascending confidence, descending entropy or rise, or at random; ties by
+    rollout order. Questions come by the rank of their best prefix, ties by question order, or in question order
+    ("data"). The result depends on the set of candidates alone, so all ranks that know it select the same prefixes.
     """
     scores = {c: (_score(c, rank, seed, step), c.group, c.rollout) for c in candidates}
     questions: dict[int, list[Candidate]] = {}
@@ -118,7 +134,9 @@ def _score(c: Candidate, rank: Rank, seed: int, step: int) -> float:
         return -c.entropy
     if rank == "random":
         return random.Random(f"{seed}/{step}/{c.group}/{c.rollout}").random()
-    raise ValueError(f"algo.rank = {rank!r}: choose confidence, entropy or random")
+    if rank == "entropy_rise":
+        return -c.rise
+    raise ValueError(f"algo.rank = {rank!r}: choose confidence, entropy, random or entropy_rise")
 
 
 _ANY = ""

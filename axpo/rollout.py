@@ -4,95 +4,23 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from PIL import Image
-
+from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
+from axpo.forks import call_uncertainty
 from axpo.grading import Grade, Grader
-from axpo.resample import call_uncertainty
 from axpo.tasks import Question
-from axpo.tools import Tool, ToolResult
+from axpo.tools import ToolResult
 from axpo.tools.parse import ParsedCall
-from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, Status, ToolCall, Trajectory
+from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
 from engine import LLM, CompletionOutput, SamplingParams, derive_seed
 from engine import Sequence as EngineSequence
 
 _POLL_S = 0.002
 """Between looks at what other ranks have finished, when this one has nothing to compute."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections."""
-
-    max_turns: int
-    max_new_tokens: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    presence_penalty: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Branch:
-    """A rollout in progress: the engine's sequence, and what is known of each of its tokens."""
-
-    id: str
-    group: int
-    question: Question
-    sequence: EngineSequence
-    seed: int
-    images: list[Image.Image]
-    prompt_len: int
-    roles: list[int]
-    logprobs: list[float | None]
-    entropies: list[float | None]
-    parent: str | None = None
-    fork_token: int | None = None
-    turn: int = 0
-    turn_start: int = 0
-    calls: list[ToolCall] = field(default_factory=list)
-    status: Status | None = None
-    reward: float = 0.0
-    score: float = 0.0
-    grade_error: str | None = None
-    grading: bool = False
-    """Its answer is being compared on a worker thread; then it has ended."""
-    observations: list[Sequence[ToolResult]] = field(default_factory=list)
-    """What the tools answered, a turn each."""
-    sessions: dict[str, Tool] = field(default_factory=dict)
-    """The tools with state that it has called; they end with the branch."""
-
-    @property
-    def sampled(self) -> int:
-        return self.roles.count(SAMPLED)
-
-    def session(self, tool: Tool) -> Tool:
-        """The branch's own instance of a tool: what a resample calls has not seen its source's calls."""
-        if tool.name in self.sessions:
-            return self.sessions[tool.name]
-        made = tool.session()
-        if made is not tool:
-            self.sessions[tool.name] = made
-        return made
-
-    def take_grade(self, grade: Grade) -> None:
-        self.reward, self.score = grade.reward, grade.score
-        self.grade_error, self.grading = grade.error, False
-
-    def end_sessions(self) -> None:
-        for tool in self.sessions.values():
-            tool.close()
-        self.sessions.clear()
-
-    def record(self, role: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]) -> None:
-        self.roles += [role] * len(logprobs)
-        self.logprobs += logprobs
-        self.entropies += entropies
 
 
 Pending = tuple[Branch, Callable[[Any], None]]
@@ -178,8 +106,15 @@ class Agent:
         return groups
 
     def fork(self, step: int, source: Branch, at: int, count: int) -> list[Branch]:
-        """`count` continuations of the source's first `at` tokens, from the KV it holds: nothing is prefilled."""
-        call = source.calls[0]
+        """`count` continuations of the source's first `at` tokens, from the KV it holds: nothing is prefilled.
+
+        Turns, calls and images before the fork are theirs as well.
+        """
+        roles = source.roles[:at]
+        turns = sum(roles[i] == OBSERVATION != roles[i - 1] for i in range(1, at))
+        observed = source.observations[:turns]
+        results = [result for turn in observed for result in turn]
+        calls = [call for call in source.calls if call.end <= at]
         return [
             Branch(
                 id=f"{source.id}/r{index}",
@@ -187,15 +122,18 @@ class Agent:
                 question=source.question,
                 sequence=sequence,
                 seed=derive_seed(self.seed, step, source.question.id, source.id, at, index),
-                images=list(source.question.images),  # the fork is at the first call: no tool has answered yet
+                images=[*source.question.images, *(image for result in results for image in result.images)],
                 prompt_len=source.prompt_len,
-                roles=source.roles[:at],
+                roles=roles[:],
                 logprobs=source.logprobs[:at],
                 entropies=source.entropies[:at],
                 parent=source.id,
                 fork_token=at,
-                turn=call.turn,
-                turn_start=max(i for i in range(call.start + 1) if source.roles[i] != SAMPLED) + 1,
+                turn=turns,
+                turn_start=max(i for i in range(at) if roles[i] != SAMPLED) + 1,
+                calls=[replace(call) for call in calls],
+                observations=list(observed),
+                inherited=list(zip(calls, results, strict=True)),
             )
             for index, sequence in enumerate(source.sequence.fork(count, at))
         ]
@@ -364,10 +302,12 @@ class Agent:
         results = []
         for call, made in zip(calls, branch.calls[len(branch.calls) - len(calls) :], strict=True):
             if call.error is None and call.name is not None and call.arguments is not None:
+                begun = time.perf_counter()
                 try:
                     result = branch.session(self.conversation.tools[call.name]).call(call.arguments, branch.images)
                 except Exception as error:  # a fault of the tool costs this call, not the run
                     result = ToolResult.failure(f"the tool {call.name} failed: {type(error).__name__}: {error}")
+                made.seconds, made.timed_out = time.perf_counter() - begun, result.timed_out
             else:
                 result = ToolResult.failure(call.error or "the tool call is malformed")
             made.ok, made.error = result.ok, result.error

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from axpo.branch import Limits
 from axpo.checkpoint import export_policy
 from axpo.config import Config
 from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank, world_size
@@ -21,7 +22,7 @@ from axpo.lifecycle import Lifecycle
 from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
 from axpo.replay import keep_update
-from axpo.rollout import InterruptedRollouts, Limits
+from axpo.rollout import InterruptedRollouts
 from axpo.rundir import RunDir, cannot_write, write_json
 from axpo.stopping import Stop
 from axpo.tasks import Question
@@ -165,7 +166,8 @@ class Run:
         self.life.wait()
         with self.spans("finish"):
             export_policy(self.learner, self.inputs.source, self.directory.policy)
-            if self.config.eval.questions:
+            evaluated = self.life.step == 0 and from_rank_0(self.directory.evaluation(0).exists)
+            if self.config.eval.questions and not evaluated:
                 self.log.print("evaluating the trained policy …")
                 if not self._evaluate():
                     return self.life.save_and_stop()
@@ -192,7 +194,8 @@ class Run:
         return result is not None
 
     def _before_and_after(self) -> Sequence[tuple[str, Evaluation]]:
-        files = {"before": self.directory.evaluation(0), "after": self.directory.evaluation(self.life.step)}
+        steps = {"before": 0, "after": self.life.step} if self.life.step else {"without training": 0}
+        files = {name: self.directory.evaluation(step) for name, step in steps.items()}
         return [(name, Evaluation.from_json(json.loads(file.read_text()))) for name, file in files.items()]
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on a teacher's trajectories: `torchrun -m axpo.sft [recipe] [--section.field value …]`."""
+"""Supervised fine-tuning on a teacher's trajectories: `torchrun -m axpo.sft [recipe …] [--section.field value …]`."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trains a policy with GRPO or AXPO: `torchrun -m axpo.train [recipe] [--section.field value …]`.
+"""Trains a policy with GRPO or AXPO: `torchrun -m axpo.train [recipe …] [--section.field value …]`.
 
 The loop reads in the order of the paper: roll out, trigger and rank, resample, credit, update.
 """
@@ -57,11 +57,17 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
     Asked to stop, it gives up the rollouts of the step in flight, or ends its update, and saves the last whole step.
     """
     from axpo.advantage import advantage_std, assign_credit, shaped_reward
-    from axpo.diagnostics import exploration_metrics, packing_metrics, rank_metrics, resample_metrics, rollout_metrics
+    from axpo.diagnostics import (
+        exploration_metrics,
+        packing_metrics,
+        rank_metrics,
+        resample_metrics,
+        rollout_metrics,
+        tool_metrics,
+    )
     from axpo.distributed import gather_objects
     from axpo.explore import StepAhead
     from axpo.packing import pack_trees
-    from axpo.resample import find_candidates
     from axpo.run import Run
     from axpo.tree import build_trees
 
@@ -79,7 +85,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
         for step in state.life.steps():
             with spans("rollout"):
                 # Rollouts; all-wrong tool-using subgroups; the least confident call of each, breadth before depth;
-                # continuations of it. Each starts as soon as it can.
+                # continuations of it (an ablation may take others). Each starts as soon as it can.
                 explored = state.unless_stopped(ahead.result, step)
                 if explored is None:
                     return state.life.save_and_stop()
@@ -102,6 +108,7 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     shape=shape,
                     prefix_reward=algo.prefix_reward,
                     mask_failed_suffix=algo.mask_failed_suffix,
+                    mask_recovered_suffix=algo.mask_recovered_suffix,
                     merge=algo.merge_continuations,
                     drop_equal=algo.drop_equal_groups,
                 )
@@ -132,11 +139,11 @@ def train(config: Config, inputs: "Inputs", directory: "RunDir", stop: "Stop", h
                     [[(row.num_tokens, learner.flops(row)) for rows in minibatches for row in rows]]
                 )
                 metrics |= rollout_metrics(record.groups)
+                metrics |= tool_metrics(record.trajectories)
                 metrics |= packing_metrics(record.trajectories, packed, config.train.micro_batch_tokens)
                 if explored.budget:
-                    candidates = gather_objects(find_candidates(groups))
-                    metrics |= resample_metrics(record.groups, record.resamples, explored.budget)
-                    metrics |= rank_metrics(candidates)
+                    metrics |= resample_metrics(record.groups, record.resamples, explored.budget, algo.trigger)
+                    metrics |= rank_metrics(gather_objects(explored.candidates))
                 metrics |= exploration_metrics(explored)
             state.finish_step(step, record, metrics)
             if state.life.stopping():

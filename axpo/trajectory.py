@@ -9,6 +9,7 @@ import numpy as np
 PROMPT, SAMPLED, OBSERVATION = 0, 1, 2
 Status = Literal["answered", "turn_limit", "length", "error"]
 _UNSERIALISED = ("images", "positions", "grade_error")
+_UNSERIALISED_OF_CALLS = ("seconds", "timed_out")  # the files of two equal runs are equal
 
 
 @dataclass(slots=True)
@@ -17,6 +18,7 @@ class ToolCall:
 
     An attempt exists as soon as the opening tag was sampled outside the thinking segment. A malformed call has
     `ok=False` and says why in `error`; one that was never closed ends where its turn's text ends.
+    `seconds` (None for a call that reached no tool) and `timed_out` stay in memory.
     """
 
     name: str | None
@@ -26,6 +28,8 @@ class ToolCall:
     turn: int
     start: int
     end: int
+    seconds: float | None = None
+    timed_out: bool = False
 
 
 @dataclass(slots=True)
@@ -85,7 +89,8 @@ class Trajectory:
     def to_json(self) -> str:
         """One line of trajectories/step_*.jsonl (DESIGN.md, "A trajectory line")."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSERIALISED}
-        record["tool_calls"] = [asdict(call) for call in self.tool_calls]
+        calls = [asdict(call) for call in self.tool_calls]
+        record["tool_calls"] = [{k: v for k, v in c.items() if k not in _UNSERIALISED_OF_CALLS} for c in calls]
         return json.dumps(record, allow_nan=False)  # ASCII: a model may write lone surrogates
 
     @classmethod

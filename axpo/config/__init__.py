@@ -135,7 +135,9 @@ class SftConfig(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _one_update(self) -> SftConfig:
+    def _updates(self) -> SftConfig:
+        if self.run.steps < 1:
+            raise ValueError("run.steps = 0: fine-tuning takes 1 or more")
         if self.train.updates_per_batch > 1:
             raise ValueError(
                 f"train.updates_per_batch = {self.train.updates_per_batch}: axpo.sft makes one update a step; set it "

@@ -14,7 +14,10 @@ class Run(Section):
         default="mini-axpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its directory"
     )
     dir: str = Field(default="runs", min_length=1, description="parent of run directories")
-    steps: Count = Field(default=100, description="training steps in all, those before a resume included")
+    steps: CountOrOff = Field(
+        default=100,
+        description="training steps in all, those before a resume included; 0: axpo.train evaluates the checkpoint",
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the data order and of every sampled token")
     resume: bool = Field(default=False, description="continue the existing run directory from its last checkpoint")
     time_limit: Annotated[str, BeforeValidator(as_text)] = Field(

@@ -19,18 +19,34 @@ class Algo(Section):
         le=100.0,
         description="extra continuations r of a step, as a share of its B·N rollouts; 0 is GRPO",
     )
-    rank: Literal["confidence", "entropy", "random"] = Field(
+    trigger: Literal["tool", "no_tool", "always"] = Field(
+        default="tool",
+        description="rollouts that may be resampled: a question's with a tool call when all of them are wrong, those "
+        "without one likewise, or every one",
+    )
+    fork_at: Literal["call", "prompt", "answer", "observation"] = Field(
+        default="call",
+        description="what a continuation keeps: up to the opening tag of the first call, the prompt alone, the first "
+        "turn's thinking, or up to the tool response after which entropy rose most",
+    )
+    entropy_window: Count = Field(
+        default=20,
+        description="fork_at 'observation': tokens after a tool response whose mean entropy must exceed that of as "
+        "many first tokens of the rollout",
+    )
+    rank: Literal["confidence", "entropy", "random", "entropy_rise"] = Field(
         default="confidence",
-        description="which prefix is resampled first: least confident call, highest exact entropy, chance",
+        description="which prefix is resampled first: least confident call, highest exact entropy, chance, or steepest "
+        "rise of entropy after a tool response",
     )
     question_order: Literal["rank", "data"] = Field(
         default="rank",
         description="breadth-first order of triggered questions: by the rank of their best prefix, or as drawn",
     )
-    prefix_reward: Literal["original", "joint", "own"] = Field(
+    prefix_reward: Literal["original", "joint", "own", "mean"] = Field(
         default="original",
         description="rewards that normalise r_prefix: the group's original ones, or with all its sources' r_prefix in; "
-        "own: no credit for a recovery",
+        "own: no credit for a recovery; mean: the mean advantage of source and continuations",
     )
     merge_continuations: bool = Field(
         default=False, description="normalise a question's continuations together with its rollouts, not on their own"
@@ -43,6 +59,9 @@ class Algo(Section):
     )
     mask_failed_suffix: bool = Field(
         default=True, description="mask a source's own continuation also when no resample of its prefix succeeded"
+    )
+    mask_recovered_suffix: bool = Field(
+        default=True, description="mask a source's own continuation when a resample of its prefix succeeded"
     )
     std_eps: float = Field(
         default=1e-6, gt=0.0, le=1.0, description="added to the sample standard deviation of a group"
@@ -68,6 +87,34 @@ class Algo(Section):
     def resampling_ratio(self) -> float:
         """`budget_ratio`, or 0 under grpo."""
         return self.budget_ratio if self.name == "axpo" else 0.0
+
+    @model_validator(mode="after")
+    def _what_is_resampled_exists(self) -> Algo:
+        if self.trigger == "no_tool" and self.fork_at in ("call", "observation"):
+            raise ValueError(
+                f"algo.fork_at = {self.fork_at!r}: algo.trigger 'no_tool' takes rollouts without a call; set it to "
+                "'answer' or 'prompt'"
+            )
+        if self.rank == "entropy_rise" and self.fork_at != "observation":
+            raise ValueError(
+                f"algo.rank = 'entropy_rise': it compares entropy after a tool response, and algo.fork_at is "
+                f"{self.fork_at!r}; set that to 'observation', or rank by 'entropy'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _credit_is_whole(self) -> Algo:
+        if self.prefix_reward == "mean" and not self.merge_continuations:
+            raise ValueError(
+                "algo.prefix_reward = 'mean': advantages of source and continuations can be averaged when they are "
+                "normalised together; set algo.merge_continuations to true"
+            )
+        if self.mask_failed_suffix and not self.mask_recovered_suffix:
+            raise ValueError(
+                "algo.mask_recovered_suffix = False: a source would be trained to its end only where its prefix could "
+                "do better; set algo.mask_failed_suffix to false as well"
+            )
+        return self
 
 
 class Loss(Section):

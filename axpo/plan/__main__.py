@@ -1,4 +1,4 @@
-"""`python -m axpo.plan [recipe] [--gpu h100] [--gpus 8] [--nodes 1] [--json] [--section.field value …]`
+"""`python -m axpo.plan [recipe …] [--gpu h100] [--gpus 8] [--nodes 1] [--json] [--section.field value …]`
 
 Exit status: 0 when the recipe fits, 1 when it does not, 2 for a mistake on the command line or in the recipe.
 """
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROG}",
         description="Parameters, memory by kind, communication and seconds of a step, before anything is loaded.",
-        usage="%(prog)s [recipe.toml or recipe name] [options] [--section.field value ...]",
+        usage="%(prog)s [recipe.toml or recipe name ...] [options] [--section.field value ...]",
         epilog=f"Recipes: {', '.join(recipe_names())}. Fields: those of axpo.train or axpo.sft (--help). "
         "Exit status: 0 it fits, 1 it does not, 2 a mistake.",
         allow_abbrev=False,
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image-share", type=float, help="image tokens among prompts and tool responses")
     parser.add_argument("--from-run", type=Path, metavar="DIR", help="lengths of this run, and its seconds beside ours")
     options, rest = parser.parse_known_args(argv)
-    recipe = next((word for word in rest if word.endswith(".toml") or word in recipe_names()), "mini")
+    recipes = [word for word in rest if word.endswith(".toml") or word in recipe_names()] or ["mini"]
     try:
-        schema = SftConfig if "sft" in read_recipe(recipe) else Config
+        schema = SftConfig if any("sft" in read_recipe(recipe) for recipe in recipes) else Config
         config = resolve(schema, rest, recipe="mini")
         if options.gpus < 1 or (options.nodes is not None and options.nodes < 1):
             raise ValueError(f"--gpus {options.gpus}, --nodes {options.nodes}: must be 1 or more")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(to_json(plan, seconds), indent=1))
     else:
-        show(plan, recipe, seconds)
+        show(plan, " ".join(recipes), seconds)
     return 0 if plan.fits else 1
 
 

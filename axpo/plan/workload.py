@@ -71,7 +71,8 @@ class Workload:
 def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
     """From a recipe's limits: half of the tokens that may be sampled are; of what the context has beside them a quarter
     is the prompt; three rollouts in ten observe half as much again; four tokens in five of prompts and observations are
-    an image's; half of the resampling budget is used, and a continuation samples half of what a rollout does.
+    an image's; half of the resampling budget is used, and a continuation samples half of what a rollout does, or all of
+    it from the prompt.
 
     given: other values of `prompt`, `sampled`, `observed`, `image_share`.
     """
@@ -93,7 +94,7 @@ def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
         observed_image=images * observed,
         continuations=budget * algo.resamples_per_prefix / 2,
         resamples_per_prefix=algo.resamples_per_prefix,
-        resampled=sampled / 2,
+        resampled=sampled if algo.fork_at == "prompt" else sampled / 2,
         reobserved=min(observed / 0.3, prompt / 2),
     )
 

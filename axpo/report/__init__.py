@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from axpo.config import Algo
 from axpo.paths import ASSETS
 from axpo.report.axis import number, percent
 from axpo.report.choice import choose, spread
@@ -58,6 +59,7 @@ def _render(run: Run, failed_calls: Sequence[Candidate], drawn: Sequence[Tree]) 
         facts=_facts(run),
         rollouts=bool(run.points("reward/mean")),
         axpo=_is_axpo(run),
+        ablation=_ablation(run),
         group_size=run.setting("algo.group_size", "several"),
         resamples=run.setting("algo.resamples_per_prefix", "several"),
         tiles=_tiles(run, rows),
@@ -129,6 +131,14 @@ def _restored(run: Run) -> tuple[float, float] | None:
 
 def _is_axpo(run: Run) -> bool:
     return bool(run.points("resample/prefixes")) and run.setting("algo.name", "axpo") == "axpo"
+
+
+def _ablation(run: Run) -> str:
+    """What decides which prefixes are resampled where it is not AXPO's choice: the fields with their values."""
+    algo = Algo()
+    fields = {name: run.setting(f"algo.{name}", getattr(algo, name)) for name in ("trigger", "fork_at", "rank")}
+    other = any(value != getattr(algo, name) for name, value in fields.items())
+    return ", ".join(f"algo.{name} = {value}" for name, value in fields.items()) if other and _is_axpo(run) else ""
 
 
 def _config_text(run: Run) -> str:

@@ -55,9 +55,10 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A rollout that was resampled: the fixed prefix, how it first went on, and the resamples."""
+    """A rollout that was resampled: the fixed prefix, how it first went on, and the resamples; `fork` is where."""
 
     label: str
+    fork: str
     recovered: bool
     confidence: float | None
     advantage: float | None
@@ -79,21 +80,22 @@ def source_branch(
     images: Sequence[Image.Image],
     tools: Mapping[str, Tool],
 ) -> Source:
-    """Splits the source and its resamples at the fork, the opening tag of the source's first call."""
+    """Splits the source and its resamples at the fork."""
     fork = resamples[0].fork_token or len(trajectory.tokens)
     whole = _branch(trajectory, str(number), fork, images, tools)
-    before, after = _split(whole.events)
+    place, at = _fork_event(trajectory, fork, whole.events)
     children = []
     for index, resample in enumerate(resamples):
         child = _branch(resample, f"{number}{_letter(index)}", fork, images, tools)
-        children.append(replace(child, events=_split(child.events)[1]))
+        children.append(replace(child, events=child.events[_fork_event(resample, fork, child.events)[1] :]))
     return Source(
         label=str(number),
+        fork=place,
         confidence=trajectory.confidence,
         recovered=any(child.right for child in children),
         advantage=_advantage(trajectory, 0, fork),
-        prefix=before,
-        original=replace(whole, events=after),
+        prefix=whole.events[:at],
+        original=replace(whole, events=whole.events[at:]),
         resamples=children,
     )
 
@@ -112,10 +114,18 @@ def _branch(
     return Branch(label, trajectory.correct, _note(trajectory), advantage, _events(trajectory, crops), boxes)
 
 
-def _split(events: list[Event]) -> tuple[list[Event], list[Event]]:
-    """(before the first call, from it on): the fork stands between them."""
-    at = next((index for index, event in enumerate(events) if event.kind == "call"), len(events))
-    return events[:at], events[at:]
+def _fork_event(trajectory: Trajectory, fork: int, events: Sequence[Event]) -> tuple[str, int]:
+    """(the fork in words, how many events lie before it)."""
+    calls = [index for index, event in enumerate(events) if event.kind == "call"]
+    earlier = sum(call.end <= fork for call in trajectory.tool_calls)
+    first = trajectory.first_call
+    if fork == trajectory.prompt_len:
+        return "at the prompt, which is all that is kept", 0
+    if earlier:
+        return "behind a tool response", calls[earlier - 1] + 1
+    if first is not None and first.start < fork:
+        return "at the opening tag of the first call", calls[0] if calls else len(events)
+    return "behind the thinking", sum(event.kind == "think" for event in events[:1])
 
 
 def _advantage(trajectory: Trajectory, start: int, end: int) -> float | None:

@@ -1,5 +1,6 @@
 """The report's figures: a chart, its legend and the sentence under it, made from what a run has logged."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -143,6 +144,15 @@ def whiskers(run: Run, name: str, label: str, tone: int) -> list[Whisker]:
             ends = (estimate.value if low is None else low, estimate.value if high is None else high)
             found.append(Whisker(label, tone, float(evaluation["step"]), estimate.value, *ends))
     return found
+
+
+def tool_names(run: Run) -> list[str]:
+    """The tools that the run's metrics tell of."""
+    names = {match[1] for record in run.steps for name in record if (match := _CALLS(name))}
+    return sorted(names)
+
+
+_CALLS = re.compile(r"tool/(.+)/calls").fullmatch
 
 
 def _is_count(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from axpo.report.axis import number, percent
 from axpo.report.data import Run
@@ -18,9 +19,12 @@ from axpo.report.figures import (
     histogram,
     phases,
     plane,
+    tool_names,
     whiskers,
 )
 from axpo.resample import Candidate
+
+_TONES = (BLUE, ORANGE, TEAL, PURPLE, RED, GREY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ def sections(run: Run, failed_calls: Sequence[Candidate]) -> list[Section]:
             "The thinking–acting gap",
             "A policy that thinks well may still fail when it acts. These figures follow the attempts to use a tool.",
             _gap(run, failed_calls),
+        ),
+        Section(
+            "Tools",
+            "Every call that reached a tool, by rollouts and resamples; a call that could not be read reached none.",
+            _tools(run),
         ),
         Section("Time", "Where the seconds of a step went.", _time(run)),
         Section(
@@ -97,6 +106,7 @@ def _gap(run: Run, failed_calls: Sequence[Candidate]) -> list[Figure]:
                 ("tool/all_wrong_rate", "with a tool", BLUE),
                 ("tool/all_wrong_rate_after", "after resampling", PURPLE),
                 ("no_tool/all_wrong_rate", "without", ORANGE),
+                ("no_tool/all_wrong_rate_after", "without, after resampling", TEAL),
             ],
             percent,
             floor=0.0,
@@ -113,8 +123,12 @@ def _gap(run: Run, failed_calls: Sequence[Candidate]) -> list[Figure]:
         curves(
             run,
             "Distinct calls",
-            f"How many different tool calls the {k} resamples of one prefix made, on average.{_collapsed(run)}",
-            [("resample/distinct_calls", "distinct calls", PURPLE)],
+            f"How many different tool calls the {k} resamples of one prefix made, on average: by exact arguments, and "
+            f"in clusters of calls that ask for the same.{_collapsed(run)}",
+            [
+                ("resample/distinct_calls", "distinct calls", PURPLE),
+                ("resample/call_clusters", "clusters", TEAL),
+            ],
             number,
             floor=1.0,
         ),
@@ -124,8 +138,12 @@ def _gap(run: Run, failed_calls: Sequence[Candidate]) -> list[Figure]:
             run,
             "Calls that failed",
             "Share of calls that gave an error (a box outside the image, say), and of those that could not be read as "
-            "a call at all.",
-            [("tool/failed_rate", "failed", ORANGE), ("tool/malformed_rate", "malformed", RED)],
+            "a call at all; and of the resampled ones that could not.",
+            [
+                ("tool/failed_rate", "failed", ORANGE),
+                ("tool/malformed_rate", "malformed", RED),
+                ("resample/malformed_rate", "malformed, resamples", PURPLE),
+            ],
             percent,
             floor=0.0,
         ),
@@ -144,6 +162,41 @@ def _gap(run: Run, failed_calls: Sequence[Candidate]) -> list[Figure]:
             [("reward/zero_std_fraction", "no signal", GREY)],
             percent,
             floor=0.0,
+        ),
+    )
+
+
+def _tools(run: Run) -> list[Figure]:
+    def by_tool(metric: str, *more: tuple[str, str]) -> list[tuple[str, str, int]]:
+        lines = [(name, part, suffix) for name in tool_names(run) for part, suffix in [(metric, ""), *more]]
+        return [(f"tool/{n}/{part}", f"{n}{suffix}", tone) for (n, part, suffix), tone in zip(lines, cycle(_TONES))]
+
+    return _present(
+        curves(run, "Calls", "Calls in a step.", by_tool("calls"), number, floor=0.0),
+        curves(
+            run,
+            "Right with each tool",
+            "Share of right answers among the trajectories that called the tool.",
+            by_tool("accuracy"),
+            percent,
+            floor=0.0,
+        ),
+        curves(
+            run,
+            "Errors and timeouts",
+            "Share of a tool’s calls that failed, for whatever reason, and that failed because their time was up.",
+            by_tool("error_rate", ("timeout_rate", ", timeouts")),
+            percent,
+            floor=0.0,
+            span=0.01,
+        ),
+        curves(
+            run,
+            "Latency",
+            "Seconds of a call in its tool, without waiting for a worker: median and 95th percentile. Logarithmic.",
+            by_tool("latency_median_s", ("latency_p95_s", ", 95 %")),
+            number,
+            log=True,
         ),
     )
 

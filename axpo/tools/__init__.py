@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a call gave: `text` and `images` are shown to the model; `error` is None exactly when `ok`."""
+    """What a call gave: `text` and `images` are shown to the model; `error` is None exactly when `ok`.
+
+    timed_out: it failed because its time was up.
+    """
 
     ok: bool
     text: str = ""
     images: list[Image.Image] = field(default_factory=list)
     error: str | None = None
+    timed_out: bool = False
 
     @classmethod
-    def failure(cls, error: str) -> "ToolResult":
+    def failure(cls, error: str, *, timed_out: bool = False) -> "ToolResult":
         """A failed call; the model reads the same sentence as the log."""
-        return cls(ok=False, text=f"Error: {error}", error=error)
+        return cls(ok=False, text=f"Error: {error}", error=error, timed_out=timed_out)
 
 
 class Tool(ABC):

@@ -3,18 +3,23 @@
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from axpo.advantage import assign_credit, shaped_reward
+from axpo.cli import resolve
+from axpo.config import Algo, Config
+from axpo.resample import Rule, find_candidates
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
 from engine.images import ImageInput
 from engine.models import ModelConfig, Qwen3VL
 from engine.positions import ImageSpan, place_image, positions
 
-VISION_START, VISION_END, IMAGE, OPEN, CLOSE, END, FIRST_TEXT, VOCAB = 1, 2, 3, 4, 5, 6, 8, 48
+VISION_START, VISION_END, IMAGE, OPEN, CLOSE, END, THINK_END, FIRST_TEXT, VOCAB = 1, 2, 3, 4, 5, 6, 7, 8, 48
 MERGE, PATCH_DIM = 2, 3 * 2 * 4 * 4
 
 
@@ -55,7 +60,7 @@ class _Draft:
         for picture in source.images if source else []:
             if sum(p.num_tokens for p in self.images) < pads:
                 self.images.append(picture)
-        self.calls: list[ToolCall] = []
+        self.calls = [call for call in source.tool_calls if call.end <= keep] if source else []
 
     def add(self, tokens: list[int], role: int) -> "_Draft":
         self.tokens = [*self.tokens, *tokens]
@@ -111,7 +116,7 @@ def random_group(
     for index in range(size):
         draft = _Draft(rng).add(prompt.tokens, PROMPT)
         draft.images = list(prompt.images)
-        draft.add(text(rng, 2, 6), SAMPLED)
+        draft.add([*text(rng, 2, 6), THINK_END], SAMPLED)
         if rng.random() < tool_rate:
             draft.call()
             if rng.random() < 0.5:
@@ -130,12 +135,14 @@ def random_group(
 
 
 def random_resamples(
-    rng: random.Random, source: Trajectory, count: int = 4, success_rate: float = 0.4
+    rng: random.Random, source: Trajectory, count: int = 4, success_rate: float = 0.4, fork: int | None = None
 ) -> list[Trajectory]:
-    """K continuations from one past the opening tag of the source's first call."""
+    """K continuations from `fork` on, by default one past the opening tag of the source's first call."""
     call = source.first_call
-    assert call is not None
-    fork = call.start + 1
+    if fork is None:
+        assert call is not None
+        fork = call.start + 1
+    in_call = call is not None and fork == call.start + 1
     out = []
     for index in range(count):
         template = {
@@ -147,9 +154,58 @@ def random_resamples(
             "fork_token": fork,
             "prompt_len": source.prompt_len,
         }
-        draft = _Draft(rng, source, fork).call(tag_is_there=True)
+        draft = _Draft(rng, source, fork)
+        if fork == source.prompt_len:
+            draft.add([*text(rng, 2, 6), THINK_END], SAMPLED)
+        if in_call or rng.random() < 0.5:
+            draft.call(tag_is_there=in_call)
         out.append(draft.finish(template, float(rng.random() < success_rate), source, fork))
     return out
+
+
+RESAMPLING = ("mini", "no-prefix-fix", "no-tool-target", "arpo", "no-prefix-credit", "merged-group", "random-rank")
+"""The recipes that resample: AXPO, then what compares with it."""
+
+
+def algo_of(recipe: str, group_size: int = 4, resamples: int = 3) -> Algo:
+    """The algorithm of an ablation's recipe over recipe mini, with small groups."""
+    options = [f"--algo.group_size={group_size}", f"--algo.resamples_per_prefix={resamples}"]
+    return resolve(Config, ["mini", recipe, *options], recipe="mini").algo
+
+
+def random_step(seed: int, algo: Algo, groups: int = 3) -> tuple[list[list[Trajectory]], dict[str, list[Trajectory]]]:
+    """Groups and resamples of some of the candidates that the algorithm would take; no credit yet."""
+    rng = random.Random(seed)
+    made = [random_group(rng, group, algo.group_size, success_rate=rng.choice([0.0, 0.3])) for group in range(groups)]
+    rule = Rule(algo.trigger, algo.fork_at, THINK_END, algo.entropy_window)
+    resamples = {}
+    for c in find_candidates(made, rule):
+        if rng.random() < 0.6:
+            source = made[c.group][c.rollout]
+            resamples[c.source] = random_resamples(rng, source, algo.resamples_per_prefix, fork=c.fork_token)
+    return made, resamples
+
+
+def credit(groups: list[list[Trajectory]], resamples: dict[str, list[Trajectory]], algo: Algo) -> None:
+    """As axpo.train gives it."""
+    shape = partial(
+        shaped_reward,
+        max_new_tokens=1000,
+        buffer=algo.overlong_buffer,
+        penalty=algo.overlong_penalty,
+        tool_reward=algo.tool_reward,
+    )
+    assign_credit(
+        groups,
+        resamples,
+        eps=algo.std_eps,
+        shape=shape,
+        prefix_reward=algo.prefix_reward,
+        mask_failed_suffix=algo.mask_failed_suffix,
+        mask_recovered_suffix=algo.mask_recovered_suffix,
+        merge=algo.merge_continuations,
+        drop_equal=algo.drop_equal_groups,
+    )
 
 
 def alone(trajectory: Trajectory) -> Trajectory:

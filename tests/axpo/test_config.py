@@ -54,6 +54,61 @@ def test_options_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path)
     assert config(str(recipe), "--run.steps=9", "--run.steps", "11").run.steps == 11
 
 
+def test_recipes_compose_in_their_order(tmp_path: Path):
+    (tmp_path / "base.toml").write_text('[run]\nname = "base"\nsteps = 3\n[algo]\ngroup_size = 4\nrank = "random"\n')
+    mine = tmp_path / "mine.toml"
+    mine.write_text('recipes = ["mini", "base.toml"]\n[algo]\nrank = "entropy"\n')
+    c = config(str(mine))
+    assert (c.run.name, c.run.steps, c.algo.group_size, c.algo.rank) == ("base", 3, 4, "entropy")
+    assert c.rollout == config("mini").rollout, "a path is relative to the file, a name is an embedded recipe"
+    assert config(str(mine), "random-rank").algo.rank == "random"
+    assert config("random-rank", str(mine)).algo.rank == "entropy"
+    assert config("mini", str(tmp_path / "base.toml"), "--algo.rank", "confidence").algo.rank == "confidence"
+
+
+def test_several_recipes_name_the_run_unless_something_else_does(tmp_path: Path):
+    assert config("mini", "cispo").run.name == "mini-cispo"
+    assert config("mini", "cispo", "--run.name", "x").run.name == "x"
+    assert config("cispo", "mini").run.name == "mini-axpo", "the last one has a name of its own"
+    assert config("mini-grpo").run.name == "mini-grpo"
+    (tmp_path / "a b.toml").write_text("[run]\nsteps = 3\n")
+    assert "recipes mini " in mistake("mini", str(tmp_path / "a b.toml")) and "run.name = 'mini-a b'" in mistake(
+        "mini", str(tmp_path / "a b.toml")
+    )
+
+
+def test_a_resolved_configuration_stands_alone(tmp_path: Path):
+    c = config("mini", "arpo", "--run.seed", "3")
+    (tmp_path / "config.toml").write_text(to_toml(c))
+    assert "recipes" not in tomllib.loads((tmp_path / "config.toml").read_text())
+    assert config(str(tmp_path / "config.toml")) == c
+
+
+def test_mistakes_among_several_recipes_name_the_file_that_made_them(tmp_path: Path):
+    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    one.write_text("[algo]\ngroup_size = 1\nrnak = 2\n")
+    other.write_text('recipes = ["one.toml"]\n[loss]\nclip_low = 2\n[algo]\ntrigger = "no_tool"\n')
+    lines = mistake("mini", str(other)).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"recipe {one}", f"recipe {one}", f"recipe {other}"]
+    one.write_text('[algo]\nfork_at = "call"\n')
+    other.write_text('recipes = ["one.toml"]\n[algo]\ntrigger = "no_tool"\n')
+    assert mistake("mini", str(other)).startswith(f"recipe {one}: algo.fork_at = 'call': algo.trigger 'no_tool'")
+    one.write_text('recipes = ["other.toml"]\n')
+    assert "lead back to" in mistake(str(other))
+    other.write_text('recipes = "mini"\n')
+    assert f"recipe {other}: recipes = 'mini': must be a list" in mistake(str(other))
+    other.write_text('recipes = ["mnii"]\n')
+    assert "recipe 'mnii': no such file or recipe; did you mean mini?" in mistake(str(other))
+    one.write_text("run = 3\n")
+    assert "run = 3: must be a table" in mistake(str(one), "mini-grpo") + mistake("mini-grpo", str(one))
+
+
+def test_no_reinforcement_learning_is_no_step_and_fine_tuning_has_one():
+    assert config("mini", "no-rl").run.steps == 0
+    with pytest.raises(ConfigError, match=r"run\.steps = 0: fine-tuning takes 1 or more"):
+        resolve(SftConfig, ["mini-sft", "--run.steps", "0"], recipe="mini-sft")
+
+
 def test_values_from_the_command_line():
     c = config("--run.resume", "mini", "--rollout.tools", "a, b", "--optim.betas", "[0.5, 0.25]", "--optim.lr", "3e-5")
     assert (c.run.resume, c.rollout.tools, c.optim.betas, c.optim.lr) == (True, ["a", "b"], (0.5, 0.25), 3e-5)
@@ -112,7 +167,12 @@ def test_values_from_the_command_line():
         ),
         (["mni"], ["recipe 'mni'", "did you mean mini?", "mini-grpo"]),
         (["none/such.toml"], ["recipe 'none/such.toml'", "no such file"]),
-        (["mini", "mini-grpo"], ["one recipe at most", "'mini', 'mini-grpo'"]),
+        (["mini", "grop"], ["recipe 'grop'", "did you mean grpo?"]),
+        (["mini", "--algo.trigger", "no_tool"], ["algo.fork_at = 'call'", "'no_tool'", "'answer' or 'prompt'"]),
+        (["--algo.rank", "entropy_rise"], ["--algo.rank = 'entropy_rise'", "algo.fork_at is 'call'", "'observation'"]),
+        (["arpo", "--algo.merge_continuations=false"], ["algo.prefix_reward = 'mean'", "algo.merge_continuations"]),
+        (["--algo.mask_recovered_suffix=false"], ["algo.mask_recovered_suffix", "algo.mask_failed_suffix to false"]),
+        (["--algo.entropy_window", "0"], ["algo.entropy_window", "'0'", "greater than or equal to 1"]),
         (["mini-sft"], ["recipe mini-sft", "sft: unknown field"]),
     ],
 )

@@ -82,3 +82,46 @@ def test_evaluation_summary() -> None:
     assert math.isclose(certain["no_tool/accuracy"] or 0, 1) and certain["tool/accuracy"] is None
     again = Evaluation.from_json(Evaluation(3, questions).to_json())
     assert again == Evaluation(3, questions)
+
+
+def test_a_subgroup_is_restored_by_its_like() -> None:
+    """A right answer without a tool does not restore attempts with one, nor the other way round."""
+    rng = random.Random(3)
+    groups = [random_group(rng, group, size=4, tool_rate=0.5, success_rate=0.0) for group in range(6)]
+    mixed = [group for group in groups if len({rollout.used_tool for rollout in group}) == 2]
+    assert len(mixed) >= 3
+    with_tool, without = (next(r for r in mixed[0] if r.used_tool == kind) for kind in (True, False))
+    crossed = {
+        source.id: [t for t in random_resamples(rng, source, 40, 1.0, source.prompt_len) if t.used_tool != kind]
+        for source, kind in ((with_tool, True), (without, False))
+    }
+    own = {with_tool.id: [t for t in random_resamples(rng, with_tool, 40, 1.0, with_tool.prompt_len) if t.used_tool]}
+    attempted = sum(any(r.used_tool for r in group) for group in groups)
+    for trigger in ("tool", "no_tool", "always"):
+        m = resample_metrics(groups, crossed, 80, trigger)
+        assert m["resample/restore_rate"] == 0 and m["tool/all_wrong_rate_after"] == 1
+        assert m["no_tool/all_wrong_rate_after"] == 1 and (m["resample/success_rate"] or 0) == 1
+    m = resample_metrics(groups, own, 80, "tool")
+    assert m["resample/triggered"] == attempted and m["resample/restore_rate"] == pytest.approx(1 / attempted)
+    assert m["tool/all_wrong_rate_after"] == pytest.approx(1 - 1 / attempted)
+    assert resample_metrics(groups, own, 80, "no_tool")["resample/restore_rate"] == 0
+
+
+def test_clusters_of_a_prefix() -> None:
+    """Two prefixes: three overlapping boxes and a far one, and one box written four times."""
+    rng = random.Random(4)
+    group = random_group(rng, size=2, tool_rate=1.0, success_rate=0.0)
+    boxes = {
+        group[0].id: [[0, 0, 100, 100], [10, 0, 100, 100], [20, 0, 100, 100], [500, 0, 600, 100]],
+        group[1].id: [[0, 0, 50, 50]] * 4,
+    }
+    resamples = {source.id: random_resamples(rng, source) for source in group}
+    for source, made in resamples.items():
+        for t, box in zip(made, boxes[source], strict=True):
+            t.tool_calls[0].arguments = {"bbox_2d": box, "label": "x"}
+    m = resample_metrics([group], resamples, 8)
+    assert (m["resample/distinct_calls"], m["resample/call_clusters"]) == (2.5, 1.5)
+    assert m["resample/collapsed_rate"] == 0.5 and m["resample/malformed_rate"] == 0
+    resamples[group[0].id][3].tool_calls[0].arguments = None
+    m = resample_metrics([group], resamples, 8)
+    assert m["resample/call_clusters"] == 1.5 and m["resample/malformed_rate"] == 0.125

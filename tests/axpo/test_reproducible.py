@@ -17,15 +17,19 @@ import torch
 
 from axpo.paths import model_directory
 from engine import LLM
-from tests.axpo.explore_worker import ALGO, QUESTIONS, Made, roll_out
+from tests.axpo.explore_worker import ALGO, ALGOS, QUESTIONS, Made, roll_out
+
+
+def undisturbed(name: str) -> Made:
+    made, stats = roll_out(ALGOS[name], 1 + list(ALGOS).index(name))
+    assert stats["preemptions"] == 0
+    assert len(made) > QUESTIONS * ALGO.group_size, "nothing was resampled"
+    return made
 
 
 @pytest.fixture(scope="module")
 def expected() -> Made:
-    made, stats = roll_out()
-    assert stats["preemptions"] == 0
-    assert len(made) > QUESTIONS * ALGO.group_size, "nothing was resampled"
-    return made
+    return undisturbed("axpo")
 
 
 def assert_same(made: Made, expected: Made) -> None:
@@ -57,13 +61,20 @@ def test_forced_preemption_makes_the_same_trajectories(expected: Made) -> None:
     assert_same(made, expected)
 
 
-def test_two_ranks_make_the_same_trajectories(expected: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in ALGOS if name != "axpo"])
+def test_ablations_depend_on_the_engine_as_little(name: str) -> None:
+    made, _ = roll_out(ALGOS[name], 1 + list(ALGOS).index(name), backwards=True, max_batch_tokens=50, max_num_seqs=7)
+    assert_same(made, undisturbed(name))
+
+
+def test_two_ranks_make_the_same_trajectories(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(root / "tests/axpo/explore_worker.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
-    assert first and second and not first.keys() & second.keys()
-    assert_same(first | second, expected)
+    for name in ALGOS:
+        first, second = (json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in range(2))
+        assert first and second and not first.keys() & second.keys()
+        assert_same(first | second, undisturbed(name))

@@ -129,8 +129,21 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAVILY_API_KEY", "secret")
     monkeypatch.setattr("axpo.tools.search.tavily.MAX_WAIT_S", 0.1)
     tool = Search("tavily", cache_dir=str(tmp_path), base_url="http://127.0.0.1:9", timeout_s=1.0)
-    ok, text = ask(tool)
-    assert not ok and "cannot be reached" in text
+    result = tool.call({"query": "owls"}, [])
+    assert not result.ok and "cannot be reached" in result.text and not result.timed_out
+
+
+def test_a_service_that_does_not_answer_is_a_timeout(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAVILY_API_KEY", "secret")
+    monkeypatch.setattr("axpo.tools.search.tavily.MAX_WAIT_S", 0.1)
+    woken = threading.Event()
+    service.answer = lambda request, number: (200, str(woken.wait(30)).encode(), {})
+    tool = Search("tavily", cache_dir=str(tmp_path), base_url=service.url, timeout_s=0.3)
+    result = tool.call({"query": "owls"}, [])
+    woken.set()
+    assert not result.ok and result.timed_out and "ReadTimeout" in result.text
 
 
 def test_the_limit_holds_for_all_threads_together(service: Service, tmp_path: Path) -> None:

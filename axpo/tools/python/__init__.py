@@ -1,5 +1,6 @@
 """`python`: a stateful interpreter per trajectory, in a sandbox, with the conversation's images at hand."""
 
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -87,18 +88,21 @@ class PythonSession(Tool):
         self._max_chars = max_chars
 
     def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
-        timeout = float(arguments.get("timeout", 12))
+        timeout, begun = float(arguments.get("timeout", 12)), time.monotonic()
         try:
             cell = self._kernel.run(arguments["code"], timeout, images, self._max_chars)
         except KernelDied as error:
             return ToolResult.failure(
-                f"the kernel was stopped: {error}. The next call starts a new one, without variables"
+                f"the kernel was stopped: {error}. The next call starts a new one, without variables",
+                timed_out=error.timed_out,
             )
         except SandboxError as error:
             return ToolResult.failure(f"the python tool is not available: {error}")
         if cell.ok:
             return ToolResult(True, cell.text or ("" if cell.images else "(no output)"), cell.images)
-        return ToolResult(False, cell.text, cell.images, cell.error)
+        # By our clock too: what a kernel says of itself may be the model's own words.
+        late = (cell.error or "").startswith("TimeoutError") and time.monotonic() - begun >= timeout
+        return ToolResult(False, cell.text, cell.images, cell.error, timed_out=late)
 
     def close(self) -> None:
         self._kernel.close()

@@ -44,7 +44,11 @@ class SandboxError(RuntimeError):
 
 
 class KernelDied(RuntimeError):
-    """The kernel is gone, and its variables with it; the message says why."""
+    """The kernel is gone, and its variables with it; the message says why. timed_out: for lack of an answer in time."""
+
+    def __init__(self, message: str, *, timed_out: bool = False):
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +283,8 @@ class Kernel:
             return _cell(reply, blobs, max_chars)
         except TimeoutError:
             self.close()
-            raise KernelDied(f"the code ran longer than {timeout:g} s and could not be interrupted") from None
+            message = f"the code ran longer than {timeout:g} s and could not be interrupted"
+            raise KernelDied(message, timed_out=True) from None
         except (EOFError, OSError):
             self.close()
             raise KernelDied("it ended: too much memory or processor time, or a crash") from None

@@ -23,6 +23,8 @@ class Hit:
 class SearchError(Exception):
     """The provider cannot answer; the message is for the model and the metrics."""
 
+    timed_out = False
+
 
 class Provider(Protocol):
     def search(self, query: str, count: int) -> list[Hit]:
@@ -107,7 +109,7 @@ class Search(Tool):
         try:
             hits = self._provider.search(arguments["query"], count + len(self._excluded))
         except SearchError as error:
-            return ToolResult.failure(f"the search failed: {error}")
+            return ToolResult.failure(f"the search failed: {error}", timed_out=error.timed_out)
         shown = [hit for hit in hits if not self._is_excluded(hit.url)][:count]
         if not shown:
             return ToolResult(True, "No results.")

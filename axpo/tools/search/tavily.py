@@ -89,7 +89,9 @@ class Tavily:
         try:
             response = self._client.post("/search", json=request)
         except httpx.TransportError as error:
-            raise _Again(f"the service cannot be reached: {type(error).__name__}") from error
+            unreachable = _Again(f"the service cannot be reached: {type(error).__name__}")
+            unreachable.timed_out = isinstance(error, httpx.TimeoutException)
+            raise unreachable from error
         status = response.status_code
         if status == 429:
             raise _Again("the service's rate limit is reached", _seconds(response.headers.get("retry-after")))
