@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from PIL import Image
@@ -328,17 +328,8 @@ class Agent:
         if room < 1:
             branch.status = "length"
             return
-        params = SamplingParams(
-            temperature=limits.temperature,
-            top_p=limits.top_p,
-            top_k=limits.top_k,
-            presence_penalty=limits.presence_penalty,
-            max_tokens=room,
-            seed=branch.seed,
-            stop_token_ids=(self.conversation.end_of_turn,),
-            detokenize=False,
-        )
-        self.llm.submit(branch.sequence, params)
+        params = _sampling_params(limits, self.conversation.end_of_turn)
+        self.llm.submit(branch.sequence, params, seed=branch.seed, max_tokens=room)
 
     def _end_turn(self, branch: Branch, output: CompletionOutput, limits: Limits) -> list[ParsedCall]:
         """Records a turn. Returns the calls to run; none when the trajectory has ended."""
@@ -387,6 +378,20 @@ class Agent:
         branch.record(OBSERVATION, [None] * len(tokens), [None] * len(tokens))
         branch.turn_start = len(branch.sequence)
         self._submit(branch, limits)
+
+
+@lru_cache(maxsize=16)
+def _sampling_params(limits: Limits, end_of_turn: int) -> SamplingParams:
+    """Of every turn; its seed and the tokens that are left are the branch's."""
+    return SamplingParams(
+        temperature=limits.temperature,
+        top_p=limits.top_p,
+        top_k=limits.top_k,
+        presence_penalty=limits.presence_penalty,
+        max_tokens=None,
+        stop_token_ids=(end_of_turn,),
+        detokenize=False,
+    )
 
 
 def _as_tool_call(call: ParsedCall, branch: Branch) -> ToolCall:

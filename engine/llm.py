@@ -126,11 +126,22 @@ class LLM(Lifecycle):
                     self._submit(sequence, SamplingParams(max_tokens=None), limit=len(sequence))
             self._drain()
 
-    def submit(self, sequence: Sequence, params: SamplingParams, index: int = 0) -> None:
-        """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools."""
-        room = self.config.text.max_position_embeddings
-        limit = room if params.max_tokens is None else min(len(sequence) + params.max_tokens, room)
-        self._submit(sequence, params, limit, index)
+    def submit(
+        self,
+        sequence: Sequence,
+        params: SamplingParams,
+        index: int = 0,
+        *,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools.
+
+        `seed` and `max_tokens` come before those of `params`, which many runs can share.
+        """
+        room, more = self.config.text.max_position_embeddings, params.max_tokens if max_tokens is None else max_tokens
+        limit = room if more is None else min(len(sequence) + more, room)
+        self._submit(sequence, params, limit, index, seed)
 
     def step(self) -> list[tuple[Sequence, CompletionOutput]]:
         """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
@@ -190,8 +201,9 @@ class LLM(Lifecycle):
         """Gives each request its sampled token; returns those that end with it."""
         finished: set[Request] = set()
         for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
-            token_ids = request.sequence.token_ids
-            request.sequence.num_computed = len(token_ids)
+            sequence = request.sequence
+            token_ids = sequence.token_ids
+            sequence.num_computed = len(token_ids)
             token_ids.append(token)
             request.logprobs.append(logprob)
             request.entropies.append(entropy)
@@ -334,16 +346,22 @@ class LLM(Lifecycle):
         return next(self._ordinals)
 
     def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
-        return [image if isinstance(image, ImageInput) else self.processor.image(open_image(image)) for image in images]
+        """Images as the model takes them; what is one already stays. Many at once are quicker than one by one."""
+        if all(isinstance(image, ImageInput) for image in images):
+            return list(images)  # type: ignore[arg-type]
+        raw = [open_image(image) for image in images if not isinstance(image, ImageInput)]
+        made = iter(self.processor.images(raw))
+        return [image if isinstance(image, ImageInput) else next(made) for image in images]
 
     def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
         """Every image has its tokens afterwards. Raises ValueError: not as many as the images, or an unknown id."""
         tokens = list(token_ids)
         if images or self.config.image_token_id in tokens:
             tokens = self.processor.expand(tokens, images)
-        bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
+        size = self.config.text.vocab_size
+        if tokens and not (min(tokens) >= 0 and max(tokens) < size):
+            bad = next(token for token in tokens if not 0 <= token < size)
+            raise ValueError(f"token id {bad} is outside the vocabulary of {size}")
         return tokens
 
     def check_length(self, length: int, images: Seq[ImageInput] = ()) -> None:
@@ -355,13 +373,16 @@ class LLM(Lifecycle):
                 f"context of {limit}; shorten the prompt or observation{' or take smaller images' if of_images else ''}"
             )
 
-    def _submit(self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0) -> None:
+    def _submit(
+        self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0, seed: int | None = None
+    ) -> None:
         sequence.check_open()
         if sequence.running:
             raise RuntimeError("the sequence is running already")
         self.weights.check()
         self.kv.check()
-        seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
+        seed = params.seed if seed is None else seed
+        seed = derive_seed(self._seed, next(self._requests)) if seed is None else seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
         shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)

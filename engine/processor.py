@@ -35,21 +35,22 @@ class Processor:
         return cls(path, ModelConfig.from_pretrained(path))
 
     def image(self, image: Image.Image) -> ImageInput:
-        """Resizes, normalises and cuts an image into patches exactly as transformers does.
+        """`images` of one."""
+        return self.images([image])[0]
+
+    def images(self, images: Seq[Image.Image]) -> list[ImageInput]:
+        """Resizes, normalises and cuts images into patches exactly as transformers does; many at once are quicker.
 
         Raises:
-            ValueError: the file cannot be decoded, or the image has an impossible size.
+            ValueError: a file cannot be decoded, or an image has an impossible size.
         """
+        if not images:
+            return []
         if self.config.vision is None:
             raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
-        try:
-            rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = getattr(image, "filename", "") or "image"
-            raise ValueError(f"{name}: cannot be decoded ({error})") from error
         if self._image_processor is None:
             self._image_processor = ImageProcessor(self.path)
-        return self._image_processor(rgb)
+        return self._image_processor([_rgb(image) for image in images])
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
         """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
@@ -65,15 +66,19 @@ class Processor:
         Raises:
             ValueError: the number of placeholders fits neither.
         """
-        pads = sum(token == self.image_token_id for token in token_ids) if self.image_token_id is not None else 0
+        pads = token_ids.count(self.image_token_id) if self.image_token_id is not None else 0
         if pads == sum(image.num_tokens for image in images):
             return list(token_ids)
         if pads != len(images):
             raise ValueError(f"the prompt has {pads} image placeholders for {len(images)} images; write one an image")
         out: list[int] = []
-        rest = iter(images)
-        for token in token_ids:
-            out.extend([token] * next(rest).num_tokens if token == self.image_token_id else [token])
+        start = 0
+        for image in images:
+            stop = token_ids.index(self.image_token_id, start)
+            out.extend(token_ids[start:stop])
+            out.extend([self.image_token_id] * image.num_tokens)
+            start = stop + 1
+        out.extend(token_ids[start:])
         return out
 
     def spans(
@@ -89,7 +94,7 @@ class Processor:
         for number, image in enumerate(images):
             index = token_ids.index(self.image_token_id, index)
             stop = index + image.num_tokens
-            if any(token != self.image_token_id for token in token_ids[index:stop]):
+            if token_ids[index:stop].count(self.image_token_id) != image.num_tokens:
                 raise ValueError(f"the {image.num_tokens} tokens of image {number} do not stand side by side")
             out.append(place_image(out, offset + index, image.grid_thw, self.config.merge))
             index = stop
@@ -105,3 +110,12 @@ class Processor:
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = getattr(image, "filename", "") or "image"
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error

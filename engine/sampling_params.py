@@ -71,6 +71,11 @@ class SamplingParams:
                 raise ValueError(f"SamplingParams.{name} is {getattr(self, name)}; it must be {wanted}")
 
     @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p leave tokens out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def shapes_logits(self) -> bool:
         """Whether anything beyond temperature, top-k, top-p and min-p changes the logits, or more is to be reported."""
         return bool(
