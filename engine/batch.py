@@ -9,7 +9,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from engine.scheduler import Request
 
-COLUMNS = ("token", "position", "delta", "seed", "top_k", "limit", "slot")
+COLUMNS = ("token", "position", "delta", "seed", "top_k", "limit")
 FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -21,12 +21,10 @@ class DecodeBatch:
         position     [n] int64    its index, which is also the number of tokens that have KV
         delta        [n] int64    rotary position - index
         seed, top_k  [n] int64    and temperature, top_p, min_p [n] fp32: of the sampler
-        limit        [n] int64    tokens at which the run ends
-        slot         [n] int64    where the token goes in the cache, block * block_size + offset, once that is reserved
         table        [n, columns] int32, the block table; what lies behind a row's last block is not defined
+        limit        [n] int64    tokens at which the run ends
         num_blocks   [n] int64    blocks in the row's table
         shared       [n] bool     the block that the next token goes to may be shared
-        shaped, truncated  [n] bool  what the request wants of the sampler beyond temperature
     """
 
     def __init__(self, capacity: int, block_size: int):
@@ -38,7 +36,6 @@ class DecodeBatch:
         self._num_blocks = np.zeros(capacity, dtype=np.int64)
         self._shared = np.zeros(capacity, dtype=bool)
         self._shaped = np.zeros(capacity, dtype=bool)
-        self._truncated = np.zeros(capacity, dtype=bool)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -68,10 +65,6 @@ class DecodeBatch:
         return self._ints[5, : len(self)]
 
     @property
-    def slot(self) -> npt.NDArray[np.int64]:
-        return self._ints[6, : len(self)]
-
-    @property
     def temperature(self) -> npt.NDArray[np.float32]:
         return self._floats[0, : len(self)]
 
@@ -88,15 +81,15 @@ class DecodeBatch:
         """Rows whose requests shape their logits."""
         return np.flatnonzero(self._shaped[: len(self)]).tolist()
 
-    @property
-    def truncated(self) -> bool:
-        """Whether top-k, top-p or min-p leave tokens of a row out."""
-        return bool(self._truncated[: len(self)].any())
-
     def tables(self) -> npt.NDArray[np.int32]:
         """[n, columns], as wide as the longest table."""
         width = int(self._num_blocks[: len(self)].max(initial=1))
         return np.ascontiguousarray(self._table[: len(self), :width])
+
+    def slots(self) -> npt.NDArray[np.int64]:
+        """[n] int64: where each row's token goes in the cache, block * block_size + offset."""
+        block, offset = np.divmod(self.position, self.block_size)
+        return self._table[np.arange(len(self)), block].astype(np.int64) * self.block_size + offset
 
     def rows_to_reserve(self) -> list[int]:
         """Rows whose next token has no block yet, or perhaps a shared one."""
@@ -105,10 +98,7 @@ class DecodeBatch:
 
     def reserved(self, row: int) -> None:
         """To be called when the sequence's block table has a block of its own for the row's next token."""
-        table = self.requests[row].sequence.block_table
-        self._write_table(row, table)
-        block, offset = divmod(int(self._ints[1, row]), self.block_size)
-        self._ints[6, row] = table[block] * self.block_size + offset
+        self._write_table(row, self.requests[row].sequence.block_table)
         self._shared[row] = False
 
     def mark_shared(self, request: "Request") -> None:
@@ -124,12 +114,10 @@ class DecodeBatch:
             sequence, params = request.sequence, request.params
             length = len(sequence.token_ids)
             delta = sequence.spans[-1].delta if sequence.spans else 0
-            token = sequence.token_ids[-1]
-            self._ints[:, row] = (token, length - 1, delta, request.seed, params.top_k, request.limit, 0)
+            self._ints[:, row] = (sequence.token_ids[-1], length - 1, delta, request.seed, params.top_k, request.limit)
             self._floats[:, row] = (params.temperature, params.top_p, params.min_p)
             self._shared[row] = True
             self._shaped[row] = request.shaper is not None
-            self._truncated[row] = params.truncates
             self._write_table(row, sequence.block_table)
         order = sorted(range(len(self)), key=lambda row: self.requests[row].sequence.path)
         if order != list(range(len(self))):
@@ -144,12 +132,7 @@ class DecodeBatch:
     def advance(self, tokens: npt.NDArray[np.int64]) -> None:
         """Every row's token is computed, and the next one is `tokens` [n]."""
         self.token[:] = tokens
-        self.move(1)
-
-    def move(self, by: int) -> None:
-        """Every row's token is the one `by` places further on."""
-        self._ints[1, : len(self)] += by
-        self._ints[6, : len(self)] += by
+        self.position[:] += 1
 
     def _take(self, rows: list[int]) -> None:
         n = len(rows)
@@ -160,7 +143,6 @@ class DecodeBatch:
         self._num_blocks[:n] = self._num_blocks[rows]
         self._shared[:n] = self._shared[rows]
         self._shaped[:n] = self._shaped[rows]
-        self._truncated[:n] = self._truncated[rows]
 
     def _write_table(self, row: int, table: list[int]) -> None:
         if len(table) > self._table.shape[1]:
@@ -178,4 +160,3 @@ class DecodeBatch:
             self._num_blocks = np.pad(self._num_blocks, (0, more))
             self._shared = np.pad(self._shared, (0, more))
             self._shaped = np.pad(self._shaped, (0, more))
-            self._truncated = np.pad(self._truncated, (0, more))

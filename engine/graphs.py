@@ -129,7 +129,7 @@ class DecodeGraphs:
             batch.token,
             source,
             batch.position + batch.delta,
-            batch.slot,
+            batch.slots(),
             batch.seed,
             batch.position + 1,
             batch.top_k,

@@ -1,6 +1,7 @@
 """Text and images to tokens and patches, with the checkpoint's own tokenizer, template and image processor."""
 
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from engine.images import ImageInput, ImageProcessor
 from engine.models.config import ModelConfig
 from engine.positions import ImageSpan, place_image, positions
+from engine.prompts import open_image
 
 
 class Processor:
@@ -24,7 +26,6 @@ class Processor:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self.image_token_id = config.image_token_id
-        self._image_processor: ImageProcessor | None = None
         # The Rust tokenizer itself: what transformers wraps around it costs ten times as much as short texts do.
         self._rust = self.tokenizer.backend_tokenizer
         self._rust.no_padding()
@@ -38,19 +39,23 @@ class Processor:
         """`images` of one."""
         return self.images([image])[0]
 
-    def images(self, images: Seq[Image.Image]) -> list[ImageInput]:
+    def images(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
         """Resizes, normalises and cuts images into patches exactly as transformers does; many at once are quicker.
+
+        A path is read, and what is an ImageInput already stays.
 
         Raises:
             ValueError: a file cannot be decoded, or an image has an impossible size.
         """
-        if not images:
-            return []
-        if self.config.vision is None:
+        raw = [_rgb(open_image(image)) for image in images if not isinstance(image, ImageInput)]
+        if raw and self.config.vision is None:
             raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
-        if self._image_processor is None:
-            self._image_processor = ImageProcessor(self.path)
-        return self._image_processor([_rgb(image) for image in images])
+        made = iter(self._image_processor(raw) if raw else ())
+        return [image if isinstance(image, ImageInput) else next(made) for image in images]
+
+    @cached_property
+    def _image_processor(self) -> ImageProcessor:
+        return ImageProcessor(self.path)
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
         """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
@@ -66,17 +71,18 @@ class Processor:
         Raises:
             ValueError: the number of placeholders fits neither.
         """
-        pads = token_ids.count(self.image_token_id) if self.image_token_id is not None else 0
+        pad = self.image_token_id
+        pads = 0 if pad is None else token_ids.count(pad)
         if pads == sum(image.num_tokens for image in images):
             return list(token_ids)
-        if pads != len(images):
+        if pad is None or pads != len(images):
             raise ValueError(f"the prompt has {pads} image placeholders for {len(images)} images; write one an image")
         out: list[int] = []
         start = 0
         for image in images:
-            stop = token_ids.index(self.image_token_id, start)
+            stop = token_ids.index(pad, start)
             out.extend(token_ids[start:stop])
-            out.extend([self.image_token_id] * image.num_tokens)
+            out.extend([pad] * image.num_tokens)
             start = stop + 1
         out.extend(token_ids[start:])
         return out

@@ -142,8 +142,7 @@ class Runner:
             )
         shaped = [(row, batch.requests[row]) for row in batch.shaped]
         shaped += [(len(batch) + i, request) for i, request in enumerate(requests) if request.shaper is not None]
-        truncates = batch.truncated or any(request.params.truncates for request in requests)
-        if not (shaped or truncates or hidden.is_cuda):
+        if not (shaped or hidden.is_cuda or top_k.any() or min_p.any() or (top_p < 1).any()):
             # On a CPU the same bits as below: what a row says does not depend on what others in the batch ask for.
             rows = self._tensor(seeds), self._tensor(noise_positions), self._tensor(temperature)
             drawn = linear_sample(hidden, self.model.head_weight, *rows, self._banned)
@@ -195,9 +194,8 @@ def last_rows(chunks: list[Chunk], row: int) -> tuple[npt.NDArray[np.int64], lis
 def pack(batch: DecodeBatch, chunks: list[Chunk], block_size: int) -> Packed:
     """Lays out a step. Without chunks it is a few array operations, however many rows there are."""
     n = len(batch)
-    rope = np.empty((3, n), dtype=np.int64)
-    np.add(batch.position, batch.delta, out=rope)
-    tables, slots = batch.tables(), batch.slot
+    rope = np.tile(batch.position + batch.delta, (3, 1))
+    tables, slots = batch.tables(), batch.slots()
     context_lens = (batch.position + 1).astype(np.int32)
     if not chunks:
         return Packed(batch.token, rope, slots, None, tables, np.arange(n + 1, dtype=np.int32), context_lens)

@@ -193,10 +193,10 @@ class Scheduler:
             return False
         if not len(batch) or (batch.position + 2 >= batch.limit).all():
             return False
-        batch.move(1)
+        batch.position[:] += 1
         rows = batch.rows_to_reserve()
         if len(rows) > self.pool.num_free:
-            batch.move(-1)
+            batch.position[:] -= 1
             return False
         for row in rows:
             batch.requests[row].sequence.num_computed = int(batch.position[row])

@@ -48,7 +48,7 @@ class PoolModel:
     def _watch_step(self, batch: DecodeBatch, chunks: list[Chunk]):
         refs = self.references()
         written: list[int] = []
-        for row, (request, slot) in enumerate(zip(batch.requests, batch.slot.tolist(), strict=True)):
+        for row, (request, slot) in enumerate(zip(batch.requests, batch.slots().tolist(), strict=True)):
             sequence = request.sequence
             index = len(sequence.token_ids) - 1
             assert batch.position[row] == index == sequence.num_computed, "a decoding row is at another token"
