@@ -8,7 +8,8 @@ import pytest
 
 from axpo.explore import Exploration, explore
 from axpo.resample import Rule, find_candidates, prefix_budget, select_prefixes
-from axpo.rollout import Agent, Limits
+from axpo.branch import Limits
+from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.trajectory import OBSERVATION, SAMPLED, Trajectory
 from axpo.tree import build_trees

@@ -12,7 +12,8 @@ from PIL import Image
 
 from axpo.conversation import Conversation
 from axpo.diagnostics import tool_metrics
-from axpo.rollout import Agent, Branch, Limits
+from axpo.branch import Branch, Limits
+from axpo.rollout import Agent
 from axpo.tasks import Question, get_task
 from axpo.tools import Tool, ToolResult
 from axpo.tools.python import Python
