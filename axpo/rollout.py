@@ -193,8 +193,8 @@ class Agent:
     def _open(self, question: Question, images: list[ImageInput], limits: Limits) -> EngineSequence:
         if limits.max_images and len(images) > limits.max_images:
             raise ValueError(
-                f"question {question.id!r}: {len(images)} images, rollout.max_images is {limits.max_images}; raise it, or "
-                "leave the question out"
+                f"question {question.id!r}: {len(images)} images, rollout.max_images is {limits.max_images}; raise it, "
+                "or leave the question out"
             )
         try:
             tokens = self.conversation.prompt(question.messages, images)
@@ -341,12 +341,15 @@ class Agent:
             failed = ToolResult.failure(f"its image cannot be shown: {error}")
             return [(replace(failed, seconds=results[0].seconds), [])]
 
-    def _observe(
-        self, branch: Branch, results: Sequence[tuple[ToolResult, list[ImageInput]]], limits: Limits
-    ) -> None:
+    def _observe(self, branch: Branch, results: Sequence[tuple[ToolResult, list[ImageInput]]], limits: Limits) -> None:
         """Appends the tool responses and starts the next turn."""
         for (result, _), made in zip(results, branch.calls[len(branch.calls) - len(results) :], strict=True):
-            made.ok, made.error, made.seconds, made.timed_out = result.ok, result.error, result.seconds, result.timed_out
+            made.ok, made.error, made.seconds, made.timed_out = (
+                result.ok,
+                result.error,
+                result.seconds,
+                result.timed_out,
+            )
             branch.images += result.images
         shown, images = [result for result, _ in results], [image for _, read in results for image in read]
         tokens = self.conversation.observation(shown, images)

@@ -21,8 +21,9 @@ _PREFIXED = re.compile(r"^([$€£¥])(.*)$", re.DOTALL)
 
 
 def number(given: str, answers: Iterable[str], tolerance: float) -> float:
-    """1.0 within the relative tolerance of an answer, in the same unit, one that converts to it, or none at all; dollars
-    also where no unit is wanted.
+    """1.0 within the relative tolerance of an answer, in the same unit, one that converts to it, or none at all.
+
+    A number of dollars also answers where no unit is wanted.
 
     Numbers are read as 1,200 · 1.5e3 · 2/3 · \\frac{2}{3} · 3\\times10^4 · 45% · $20 · 3.2 km/h. Anything else is none.
     """

@@ -6,9 +6,9 @@ from functools import cache
 import numpy as np
 import pytest
 
+from axpo.branch import Limits
 from axpo.explore import Exploration, explore
 from axpo.resample import Rule, find_candidates, prefix_budget, select_prefixes
-from axpo.branch import Limits
 from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.trajectory import OBSERVATION, SAMPLED, Trajectory

@@ -120,8 +120,14 @@ def test_messages_take_their_images_in_order(tmp_path: Path):
         ({"question": "x", "grader": "guess"}, "grader = 'guess': there is exact"),
         ({"question": "x", "answer": math.nan}, "answer = nan: must be text that is not empty"),
         ({"question": "\ud800"}, "question = '\\ud800': has half of a surrogate pair"),
-        ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content = '\\udfff': has half of a surrogate"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}, "messages[0].content[0]: must"),
+        (
+            {"messages": [{"role": "user", "content": "\udfff"}]},
+            "messages[0].content = '\\udfff': has half of a surrogate",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]},
+            "messages[0].content[0]: must",
+        ),
         ({"messages": "[" * 100_000}, "messages = '[[[["),
     ],
 )

@@ -26,8 +26,24 @@ def reward(given: str, *answers: str, kind: Any, **more: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "given", ["B", "b", "(B)", "B.", "B)", " B ", r"\text{B}", "$B$", "B: a dog", "(B) a dog", "a dog", "A DOG.",
-     r"\textbf{B}.", r"\text{B) }a dog", r"\mathrm{(B)}"]
+    "given",
+    [
+        "B",
+        "b",
+        "(B)",
+        "B.",
+        "B)",
+        " B ",
+        r"\text{B}",
+        "$B$",
+        "B: a dog",
+        "(B) a dog",
+        "a dog",
+        "A DOG.",
+        r"\textbf{B}.",
+        r"\text{B) }a dog",
+        r"\mathrm{(B)}",
+    ],
 )
 def test_a_choice_that_is_right(given: str) -> None:
     assert reward(given, "B", kind="choice", options=ANIMALS) == 1.0

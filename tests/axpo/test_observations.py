@@ -201,9 +201,10 @@ def test_every_call_of_a_turn_is_answered_in_its_place(agent: Agent, branch: Bra
     turn(agent, branch, f"So.\n</think>\n\n{CALL}\n{bad}\n{CALL}\n<tool_call>{{")
     said = observed(agent, branch)
     responses = said.split("<tool_response>")[1:]
-    assert [text in response for text, response in zip(
-        ("1 images", "not valid JSON", "2 images", "is not closed"), responses, strict=True
-    )] == [True] * 4
+    assert [
+        text in response
+        for text, response in zip(("1 images", "not valid JSON", "2 images", "is not closed"), responses, strict=True)
+    ] == [True] * 4
     assert [call.ok for call in branch.calls] == [True, False, True, False]
     assert [call.seconds is None for call in branch.calls] == [False, True, False, True]
 

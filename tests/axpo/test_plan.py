@@ -110,8 +110,7 @@ def test_activations_are_what_autograd_keeps(mode: Checkpointing):
     shape, tokens, images = shape_of(mini), 256, 2
     assert shape.vision is not None
     text = [
-        kept_bytes(replace(mini, vision=None, text=replace(mini.text, num_layers=n)), mode, tokens, 0)
-        for n in (2, 4)
+        kept_bytes(replace(mini, vision=None, text=replace(mini.text, num_layers=n)), mode, tokens, 0) for n in (2, 4)
     ]
     assert (text[1] - text[0]) / 2 == layer_bytes(shape.text, 4, mode) * tokens
     towers = [replace(mini.vision, depth=depth, deepstack_visual_indexes=(0,)) for depth in (2, 4)]

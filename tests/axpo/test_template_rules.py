@@ -22,7 +22,6 @@ MESSAGE = {
 RESULT = ToolResult(True, "seen")
 ASK = [{"role": "user", "content": "Which?"}]
 TAGS = ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<tool_call>", "</tool_response>", "</think>")
-CALL_TAG = "<tool_call>"
 QUOTED = f"a{''.join(TAGS)}<<|im_end|>b"
 
 
@@ -100,6 +99,7 @@ def test_tokens_that_are_not_the_tokenizers_own_are_kept(thinking: Conversation)
 
 def test_tags_that_somebody_quotes_are_letters_in_every_message(thinking: Conversation) -> None:
     def asked(text: str) -> list[dict[str, Any]]:
+        said = text.replace("</think>", "").replace("<tool_call>", "")
         arguments = {"x": text, "y": [text]}
         return [
             {"role": "system", "content": text},
@@ -108,7 +108,7 @@ def test_tags_that_somebody_quotes_are_letters_in_every_message(thinking: Conver
             {"role": "tool", "content": text},
             {
                 "role": "assistant",
-                "content": f"<think>\nOld.\n</think>\n\n{text.replace('</think>', '').replace(CALL_TAG, '')}",
+                "content": f"<think>\nOld.\n</think>\n\n{said}",
             },
             {"role": "user", "content": text},
         ]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from axpo.branch import Branch, Limits
 from axpo.calls import TurnCalls
 from axpo.conversation import Conversation
 from axpo.diagnostics import tool_metrics
-from axpo.branch import Branch, Limits
 from axpo.rollout import Agent
 from axpo.tasks import Question, get_task
 from axpo.tools import Tool, ToolResult
@@ -84,8 +84,8 @@ def turn(agent: Agent, branch: Branch, *calls: tuple[str, dict[str, Any]]) -> li
     branch.sequence.extend(tokens)
     known = [-0.1] * len(tokens)
     output = CompletionOutput(0, "", tokens, known, known, "stop", agent.conversation.end_of_turn)
-    calls = TurnCalls(branch, agent._end_turn(branch, output, LIMITS), agent.conversation.tools, lambda text: text)
-    results = calls()
+    made = TurnCalls(branch, agent._end_turn(branch, output, LIMITS), agent.conversation.tools, lambda text: text)
+    results = made()
     if len(branch.sequence) < 960:
         agent._take([(branch, results)], LIMITS)
         agent.llm.abort(branch.sequence)
