@@ -50,7 +50,8 @@ class ImageZoomIn(Tool):
     def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
         index = int(arguments.get("img_idx", 0))
         if index >= len(images):
-            return ToolResult.failure(f"img_idx is {index}, but the images are 0 to {len(images) - 1}")
+            there_is = f"the images are 0 to {len(images) - 1}" if images else "there is no image"
+            return ToolResult.failure(f"img_idx is {index}, but {there_is}")
         image = images[index]
         try:
             check_image(image, f"image {index}")

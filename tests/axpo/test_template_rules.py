@@ -1,13 +1,19 @@
 """What a template does to a turn that is not as it would write it, and checkpoints whose template cannot do."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from axpo.cli import resolve
+from axpo.config import Config
 from axpo.conversation import Conversation
 from axpo.data.rows import parse_row
+from axpo.inputs import check_inputs
+from axpo.paths import model_directory
 from axpo.tasks.conversations import conversation_row
 from axpo.tools import ToolResult, get_tools
 from engine.processor import Processor
@@ -190,3 +196,24 @@ def test_a_text_only_template_is_given_texts(tmp_path: Path) -> None:
     assert "\nseen\n</tool_response>" in processor.decode(conversation.observation([RESULT], []))
     with pytest.raises(ValueError, match="a text-only checkpoint takes no images"):
         processor.image(Image.new("RGB", (8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("system", "text", "told"),
+    [
+        ("Be brief.", "Which?", "question 'a': .*refuses messages of roles system, user: System role not supported"),
+        ("", "Which? " * 900, r"rollout\.max_tokens = 512: the prompt of question 'a' has \d+ tokens; raise it"),
+    ],
+)
+def test_the_first_question_is_put_before_anything_is_loaded(
+    tmp_path: Path, system: str, text: str, told: str
+) -> None:
+    model = shutil.copytree(model_directory("mini"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(templates.NO_SYSTEM)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "a", "messages": messages, "answer": "7"}) + "\n")
+    argv = ["--model.path", str(model), "--data.task", "jsonl", "--data.path", str(rows), "--eval.questions", "0"]
+    with pytest.raises(ValueError, match=told):
+        check_inputs(resolve(Config, [*argv, "--rollout.max_tokens", "512"], recipe="mini"))
