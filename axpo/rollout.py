@@ -26,7 +26,7 @@ _POLL_S = 0.002
 
 
 Result = list[ToolResult] | Grade | None
-"""What became of a turn: what its tools answered, what its answer is worth, nothing further (yet)."""
+"""What became of a turn: what its tools answered, what its answer is worth; None where nothing is to be done (yet)."""
 
 Pending = dict[Future[Result], tuple[Branch, TurnCalls | None]]
 """Whom worker threads work for, and the calls that they make; None: they compare an answer."""
@@ -265,9 +265,10 @@ class Agent:
         elif branch.status == "answered":
             text = self.conversation.processor.decode(branch.sequence.token_ids[branch.turn_start :])
             if self.grader.inline(branch.question.rubric):
-                return self._grade(branch, text)
-            branch.grading = True
-            pending[self._workers.submit(partial(self._grade, branch, text))] = branch, None
+                branch.take_grade(self._grade(branch, text))
+            else:
+                branch.grading = True
+                pending[self._workers.submit(partial(self._grade, branch, text))] = branch, None
         return None
 
     def _grade(self, branch: Branch, text: str) -> Grade:

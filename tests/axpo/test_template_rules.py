@@ -205,9 +205,7 @@ def test_a_text_only_template_is_given_texts(tmp_path: Path) -> None:
         ("", "Which? " * 900, r"rollout\.max_tokens = 512: the prompt of question 'a' has \d+ tokens; raise it"),
     ],
 )
-def test_the_first_question_is_put_before_anything_is_loaded(
-    tmp_path: Path, system: str, text: str, told: str
-) -> None:
+def test_the_first_question_is_put_before_anything_is_loaded(tmp_path: Path, system: str, text: str, told: str) -> None:
     model = shutil.copytree(model_directory("mini"), tmp_path / "model")
     (model / "chat_template.jinja").write_text(templates.NO_SYSTEM)
     messages = [{"role": "system", "content": system}] if system else []
