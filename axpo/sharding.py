@@ -132,6 +132,7 @@ def load_sharded(model: Qwen3VL, path: str | Path) -> int:
             rows = stored[start : start + len(local)]
             local.copy_(rows)
             read += rows.nbytes
+            del rows  # and with it its mapping, before the next one
         if replicated:
             sent = local.to(mesh.device_type)
             dist.broadcast(sent, group=mesh.get_group("replicate"), group_src=0)

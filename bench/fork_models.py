@@ -14,6 +14,7 @@ from PIL import Image
 from engine import ImageInput
 from engine.models import ModelConfig
 from engine.processor import Processor
+from engine.weights import INDEX, SINGLE
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "axpo" / "assets" / "mini"
@@ -72,10 +73,18 @@ def checkpoint(name: str) -> Path:
     return path
 
 
-def write_random(path: Path, shape: TextShape, head_dim: int = 128, seed: int = 0) -> None:
+def write_random(path: Path, shape: TextShape, head_dim: int = 128, seed: int = 0, shards: int = 1) -> None:
     """Writes a Qwen3 checkpoint with bf16 weights, tensor by tensor; config.json last, so that half of one is none."""
     path.mkdir(parents=True, exist_ok=True)
-    _write_safetensors(path / "model.safetensors", dict(_tensors(shape, head_dim)), seed)
+    tensors = list(_tensors(shape, head_dim))
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] if shards > 1 else [SINGLE]
+    places = {}
+    for i, file in enumerate(files):
+        part = dict(tensors[i * len(tensors) // shards : (i + 1) * len(tensors) // shards])
+        _write_safetensors(path / file, part, seed + i)
+        places |= dict.fromkeys(part, file)
+    if shards > 1:
+        (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

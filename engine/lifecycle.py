@@ -103,7 +103,9 @@ class Lifecycle:
         self.pool.reset_cache()
 
     def explain(self) -> str:
-        """Which attention backend was chosen and why, and why each other was not: a line each."""
+        """Which attention backend was chosen and why, and why each other was not: a line each; for bf16 on the CPU,
+        whether its products use AMX.
+        """
         return self._choice.explanation
 
     def stats(self) -> dict[str, int]:

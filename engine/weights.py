@@ -28,6 +28,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     for name, tensor in read_tensors(path):
         if name in parameters:
             parameters[name].copy_(tensor)
+        del tensor  # and with it its mapping, before the next one
 
 
 def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
@@ -35,10 +36,12 @@ def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
     missing = set(parameters)
     unexpected = []
     for name, stored in stored_tensors(path):
+        found = list(stored.get_shape())
+        del stored  # and with it its mapping, before the next one
         if name not in parameters:
             unexpected.append(name)
             continue
-        found, wanted = list(stored.get_shape()), list(parameters[name].shape)
+        wanted = list(parameters[name].shape)
         if found != wanted:
             raise ValueError(f"{path}: {name} has shape {found}, the config asks for {wanted}")
         missing.discard(name)
@@ -77,11 +80,16 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     Pages that were read count as this process's memory until their mapping ends, so each tensor has a mapping of its
     own, which ends with it: loading takes the memory of the model and of the largest tensor, not of a second model.
     """
+    for file, name in _names(path):
+        yield canonical_name(name), _read(file, name)
+
+
+def _names(path: str | Path) -> Iterator[tuple[Path, str]]:
     for file in shards(path):
         with _open(file) as reader:
             names = list(reader.keys())
         for name in names:
-            yield canonical_name(name), _read(file, name)
+            yield file, name
 
 
 def _read(file: Path, name: str) -> Tensor:
@@ -92,12 +100,11 @@ def _read(file: Path, name: str) -> Tensor:
 def stored_tensors(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yields (parameter name, slice) over all shards: `slice[a:b]` reads those rows, and only them, from the file.
 
-    A slice is good until the next one is asked for.
+    A slice is good until the next one is asked for, and has a mapping of its own, as in `read_tensors`.
     """
-    for file in shards(path):
+    for file, name in _names(path):
         with _open(file) as reader:
-            for name in reader.keys():  # noqa: SIM118 — the reader itself is not iterable
-                yield canonical_name(name), reader.get_slice(name)
+            yield canonical_name(name), reader.get_slice(name)
 
 
 def check_weights(path: str | Path) -> None:

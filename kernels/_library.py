@@ -116,3 +116,14 @@ def _why_not(
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             return f"the C++ kernel serves {names} tensors on the CPU, of shapes that its docstring names"
     return None
+
+
+def why_not_amx() -> str | None:
+    """Why products of bf16 on the CPU do not use AMX, the processor's matrix unit; None when they do.
+
+    Chosen once a process; AXPO_AMX is auto (or unset), off, emulate (its arithmetic in C++, for tests) or assume (an
+    emulator traps the instructions). Raises ValueError for another value.
+    """
+    if not LOADED:
+        return "the C++ kernels are not built; python setup.py build_ext --inplace"
+    return torch.ops.axpo.why_not_amx() or None

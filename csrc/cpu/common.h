@@ -31,6 +31,15 @@
 #define AXPO_CLONES
 #endif
 
+// A function with the 32 vector registers of AVX-512, for code whose blocking is not that of eight lanes; called only
+// where has_wide_vectors(). Marked by hand because templates cannot be cloned.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
+#define AXPO_WIDE_TARGET 1
+#define AXPO_WIDE __attribute__((target("arch=x86-64-v4")))
+#else
+#define AXPO_WIDE
+#endif
+
 #if defined(__GNUC__)
 #define AXPO_INLINE inline __attribute__((always_inline))
 #else
@@ -38,6 +47,16 @@
 #endif
 
 namespace axpo {
+
+// Whether the processor has what AXPO_WIDE functions are compiled for, and the compiler could be told so.
+static inline bool has_wide_vectors() {
+#ifdef AXPO_WIDE_TARGET
+  static const bool has = __builtin_cpu_supports("x86-64-v4");
+  return has;
+#else
+  return false;
+#endif
+}
 
 // Eight floats: one AVX register, or two SSE/NEON ones. gcc and clang lower it on every target. `may_alias` and the
 // one-float alignment make loads through float pointers legal and unaligned.

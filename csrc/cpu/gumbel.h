@@ -133,7 +133,7 @@ AXPO_CLONES static int64_t argmax_any(const float* z, int64_t n, int64_t first, 
   return argmax_of(z, n, first, seed, position, best, Multiply());
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
+#ifdef AXPO_WIDE_TARGET
 struct MultiplyWide {  // the compiler would multiply all 64 bits, which takes three instructions
   AXPO_INLINE u64x8 operator()(u64x8 a, uint32_t b) const {
     const u64x8 factor = u64x8{} + (uint64_t)b;
@@ -142,19 +142,16 @@ struct MultiplyWide {  // the compiler would multiply all 64 bits, which takes t
     return product;
   }
 };
-__attribute__((target("arch=x86-64-v4"))) static int64_t argmax_wide(const float* z, int64_t n, int64_t first,
-                                                                      uint64_t seed, uint64_t position, float* best) {
+AXPO_WIDE static int64_t argmax_wide(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position,
+                                     float* best) {
   return argmax_of(z, n, first, seed, position, best, MultiplyWide());
 }
-static bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
 #else
 static int64_t argmax_wide(const float*, int64_t, int64_t, uint64_t, uint64_t, float*) { return -1; }
-static bool has_wide() { return false; }
 #endif
 
 static int64_t gumbel_argmax(const float* z, int64_t n, int64_t first, uint64_t seed, uint64_t position, float* best) {
-  static const bool wide = has_wide();
-  return wide ? argmax_wide(z, n, first, seed, position, best) : argmax_any(z, n, first, seed, position, best);
+  return has_wide_vectors() ? argmax_wide(z, n, first, seed, position, best) : argmax_any(z, n, first, seed, position, best);
 }
 
 }  // namespace axpo

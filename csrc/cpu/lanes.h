@@ -47,6 +47,10 @@ struct Lanes<16> {
   static AXPO_INLINE void store(float* p, V v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
 };
 
+// Rows that a product of two vectors' width keeps in registers: there are 32 of 16 lanes, or 16 of 8.
+template <int kLanes>
+constexpr int kRegisterRows = kLanes == 16 ? 8 : 6;
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define AXPO_SHUFFLE 1

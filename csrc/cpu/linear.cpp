@@ -14,20 +14,10 @@
 
 #include <type_traits>
 
+#include "linear_matrix.h"
 #include "linear_tile.h"
 
 namespace {
-
-template <class T>
-struct Problem {
-  const float* x;  // strips [x_strips][m][16], zeros behind the K columns
-  const T* weight;
-  const T* bias;  // or nullptr
-  int64_t m, n, k, stride;  // stride: elements from one row of the weight to the next
-  int64_t out_stride;
-};
-
-int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 // out[r][c] = row `row + r` of x times row `first + c` of the weight, up to `end`.
 template <int kLanes, class T, class Out>
@@ -36,7 +26,7 @@ AXPO_INLINE void tiles(const Problem<T>& p, int64_t row, int64_t rows, int64_t f
   constexpr int64_t kColumns = 2 * kLanes, kUnit = 64 / sizeof(T);
   float* panel = scratch;
   float* sums = panel + kDepth * kColumns;
-  const int64_t blocks = parts(rows, kProductRows<kLanes>);
+  const int64_t blocks = parts(rows, kRegisterRows<kLanes>);
   for (int64_t n = first; n < end; n += kColumns) {
     const int64_t columns = std::min(kColumns, end - n);
     if (p.k == 0) std::fill_n(sums, rows * kColumns, 0.0f);
@@ -70,13 +60,6 @@ AXPO_INLINE void tiles(const Problem<T>& p, int64_t row, int64_t rows, int64_t f
   }
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
-#define AXPO_WIDE __attribute__((target("arch=x86-64-v4")))
-bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
-#else
-#define AXPO_WIDE
-bool has_wide() { return false; }
-#endif
 // One clone of each combination: templates cannot be cloned.
 #define AXPO_TILES(T, Out)                                                                                         \
   AXPO_WIDE void tiles_wide(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out,  \
@@ -91,12 +74,30 @@ AXPO_TILES(float, float)
 AXPO_TILES(bf16, bf16)
 AXPO_TILES(bf16, float)
 #undef AXPO_TILES
+#define AXPO_MATRIX_TILES(target, name, Unit, Out)                                                                 \
+  target void name(const Problem<bf16>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out,        \
+                   float* scratch) {                                                                               \
+    matrix_tiles<Unit>(p, row, rows, first, end, out, scratch);                                                    \
+  }
+AXPO_MATRIX_TILES(AXPO_CLONES, tiles_emulated, EmulatedUnit, bf16)
+AXPO_MATRIX_TILES(AXPO_CLONES, tiles_emulated, EmulatedUnit, float)
+#ifdef AXPO_AMX
+AXPO_MATRIX_TILES(AXPO_WIDE, tiles_amx, AmxUnit, bf16)
+AXPO_MATRIX_TILES(AXPO_WIDE, tiles_amx, AmxUnit, float)
+#endif
+#undef AXPO_MATRIX_TILES
 
-const bool kWide = has_wide();
+const bool kWide = has_wide_vectors();
 const int kWidth = kWide ? 32 : 16;  // columns of a tile
 
 template <class T, class Out>
 void part(const Problem<T>& p, int64_t row, int64_t rows, int64_t first, int64_t end, Out* out, float* scratch) {
+  if constexpr (std::is_same_v<T, bf16>) {
+#ifdef AXPO_AMX
+    if (matrix_unit() == MatrixUnit::kAmx) return tiles_amx(p, row, rows, first, end, out, scratch);
+#endif
+    if (matrix_unit() == MatrixUnit::kEmulated) return tiles_emulated(p, row, rows, first, end, out, scratch);
+  }
   if (kWide) {
     tiles_wide(p, row, rows, first, end, out, scratch);
   } else {
@@ -117,8 +118,12 @@ AXPO_CLONES void to_strips(const bf16* x, int64_t k, int64_t stride, float* out)
   for (int64_t j = 0; i < k && j < kStrip; ++j) out[i / kStrip * stride + j] = i + j < k ? load_one(x + i + j) : 0.0f;
 }
 
+// x in the order that `part` reads it in.
 template <class T>
 Buffer strips_of(const at::Tensor& x, int64_t rows) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (matrix_unit() != MatrixUnit::kNone) return pairs_of(x.const_data_ptr<bf16>(), rows, x.size(-1));
+  }
   constexpr int64_t kUnit = 64 / sizeof(T);
   const int64_t k = x.size(-1), strip_count = parts(k, kUnit) * kUnit / kStrip;
   Buffer out = buffer(strip_count * rows * kStrip);

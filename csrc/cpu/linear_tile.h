@@ -11,6 +11,17 @@ using namespace axpo;
 constexpr int64_t kDepth = 8 * kStrip;  // columns of the weight that are packed together
 constexpr int kBlockRows = 256;         // rows of x that share a packed tile: their part of x stays in the L2 cache
 
+template <class T>
+struct Problem {
+  const float* x;  // strips [..][m][16], zeros behind the K columns; for a matrix unit pairs, see linear_matrix.h
+  const T* weight;
+  const T* bias;  // or nullptr
+  int64_t m, n, k, stride;  // stride: elements from one row of the weight to the next
+  int64_t out_stride;
+};
+
+int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
 // Weights that the next steps will read, fetched a few lines at a time between the multiplications.
 struct Ahead {
   const char* at;
@@ -89,10 +100,6 @@ AXPO_INLINE void multiply(const float* x, int64_t row_total, const float* panel,
     L::store(sums + r * 2 * kLanes + kLanes, acc[r][1]);
   }
 }
-
-// Rows that one product keeps in registers: there are 32 of 16 lanes, or 16 of 8.
-template <int kLanes>
-constexpr int kProductRows = kLanes == 16 ? 8 : 6;
 
 template <int kLanes>
 AXPO_INLINE void multiply_rows(int64_t rows, const float* x, int64_t row_total, const float* panel,

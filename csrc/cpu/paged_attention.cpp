@@ -10,125 +10,39 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <type_traits>
 #include <vector>
 
+#include "matrix_unit.h"
+#include "paged_matrix.h"
 #include "paged_tile.h"
 
 namespace {
 
-constexpr int64_t kAheadBytes = 64 << 10;  // how far memory is fetched ahead of its use
-
-// Walks over the keys and values that a thread will need, some way ahead of the arithmetic and across the ends of its
-// tiles: the blocks are scattered in memory, so no hardware prefetcher can follow them.
-template <class T>
-struct Prefetcher {
-  const Cache<T>& cache;
-  const Member* member;  // under the cursor
-  const Member* end;
-  int64_t credit;   // keys that may still be fetched ahead
-  int64_t key = 0;  // of the member; those it shares were fetched with the member before it
-
-  AXPO_INLINE void run(int64_t allowance) {
-    for (credit += allowance; credit > 0 && member != end;) {
-      const int64_t offset = key % cache.block_size;
-      const int64_t count = std::min({credit, member->keys() - key, cache.block_size - offset});
-      const int64_t at =
-          member->blocks[key / cache.block_size] * cache.block_stride + member->head + offset * cache.dim;
-      for (int64_t i = 0; i < count * cache.dim; i += 64 / sizeof(T)) {
-        __builtin_prefetch(cache.k + at + i);
-        __builtin_prefetch(cache.v + at + i);
-      }
-      credit -= count;
-      key += count;
-      while (member != end && key >= member->keys()) {
-        ++member;
-        key = member == end ? 0 : member->shared / kGroup * kGroup;
-      }
-    }
-  }
-};
-
-// Fetches `keys` ahead in `steps` equal parts.
-template <class T>
-struct Spread {
-  Prefetcher<T>& ahead;
-  int64_t keys, steps, done = 0;
-
-  AXPO_INLINE void operator()() {
-    ahead.run(keys * (done + 1) / steps - keys * done / steps);
-    ++done;
-  }
-};
-
-// Whether a member takes all of its keys before `end` from the same blocks as the member before it.
-AXPO_INLINE bool follows(const Member& m, int64_t end) {
-  return m.shared >= std::min(end, std::max(m.keys(), (&m - 1)->keys()));
-}
-
-// The runs of a split, depth first: each member leads the runs of the keys that it does not share with the one before.
-template <class T>
-AXPO_INLINE int64_t list_runs(const Tile& tile, const Cache<T>& c, int64_t start, Run* runs) {
-  int64_t n = 0, row = 0;
-  for (int64_t m = 0; m < tile.count; row += tile.members[m++].tokens * c.group) {
-    const Member& leader = tile.members[m];
-    for (int64_t j = 0; j < kSplit; j += kGroup) {
-      const int64_t first = start + j;
-      if (m > 0 && follows(leader, first + kGroup)) continue;
-      int64_t tokens = leader.tokens, end = leader.keys();
-      for (int64_t f = m + 1; f < tile.count && follows(tile.members[f], first + kGroup); ++f) {
-        tokens += tile.members[f].tokens;
-        end = std::max(end, tile.members[f].keys());
-      }
-      if (first >= end) break;
-      Run& run = runs[n++];
-      run.key = j;
-      run.count = std::min<int64_t>(kGroup, end - first);
-      run.row = row;
-      run.rows = tokens * c.group;
-      const int64_t octets = (run.count + 7) / 8;
-      for (int64_t o = 0; o < octets;) {
-        const int64_t offset = (first + 8 * o) % c.block_size, block = leader.blocks[(first + 8 * o) / c.block_size];
-        const int64_t stop = std::min(octets, o + (c.block_size - offset) / 8);
-        for (int64_t at = block * c.block_stride + leader.head + offset * c.dim; o < stop; at += 8 * c.dim) {
-          run.at[o++] = at;
-        }
-      }
-      // Fills a panel up; those scores are not looked at.
-      std::fill(run.at + octets, std::end(run.at), run.at[octets - 1]);
-    }
-  }
-  return n;
-}
-
-template <int kLanes, class T>
+template <class Products, class T>
 AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahead, float* scratch) {
   int64_t rows = 0, key_total = 0;
   for (int64_t m = 0; m < tile.count; ++m) {
     rows += tile.members[m].tokens * c.group;
     key_total = std::max(key_total, tile.members[m].keys());
   }
-  const int64_t row_total = (rows + 7) / 8 * 8, strip_count = strips(c.dim);
+  const int64_t row_total = Products::padded(rows);
   float* q = scratch;
-  float* scores = q + row_total * strip_count * kStrip;
+  float* scores = q + Products::query_floats(row_total, c.dim);
   float* part = scores + row_total * kScores;  // output of the split, then of all splits so far
   float* out = part + row_total * c.dim;
   float* panel = out + row_total * c.dim;
-  float* part_peak = panel + strip_count * kStrip * kGroup;  // base 2
+  float* part_peak = panel + Products::panel_floats(c.dim);  // base 2
   float* part_sum = part_peak + row_total;
   float* peak = part_sum + row_total;
   float* sum = peak + row_total;
   float* keep = sum + row_total;  // factors of the merge
   float* add = keep + row_total;
 
-  const f32x8 factor = splat8(c.scale * kLog2e);
+  Products products{c, ahead, row_total, q, panel};
+  products.begin();
   for (int64_t m = 0, r = 0; m < tile.count; ++m) {
     for (int64_t i = 0; i < tile.members[m].tokens * c.group; ++i, ++r) {
-      const T* from = c.q + tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim;
-      for (int64_t d = 0; d < strip_count * kStrip; d += 8) {
-        store8(q + (d / kStrip * row_total + r) * kStrip + d % kStrip,
-               d < c.dim ? Lanes<8>::load(from + d) * factor : splat8(0.0f));
-      }
+      products.query(r, c.q + tile.members[m].q + i / c.group * c.token_stride + i % c.group * c.dim);
     }
   }
   std::fill_n(out, rows * c.dim, 0.0f);
@@ -139,23 +53,7 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
   for (int64_t start = 0; start < key_total; start += kSplit) {
     const int64_t run_count = list_runs(tile, c, start, runs);
     for (int64_t i = 0; i < run_count; ++i) {
-      const Run& run = runs[i];
-      const int64_t octets = (run.count + 7) / 8;
-      const float* run_q = q + run.row * kStrip;
-      float* to = scores + run.row * kScores + run.key;
-      if (run.rows <= kFew) {
-        const FewScores<T> product{run_q, row_total, c.k, run.at, octets, c.dim, to};
-        for_row_blocks<kFew>(run.rows, product, Spread<T>{ahead, run.count / 2, 1});
-        continue;
-      }
-      constexpr int64_t kPanel = kLanes / 4;  // octets
-      const int64_t blocks = (run.rows + kRows<kLanes> - 1) / kRows<kLanes>;
-      Spread<T> fetch{ahead, run.count / 2, blocks * ((octets + kPanel - 1) / kPanel)};
-      for (int64_t o = 0; o < octets; o += kPanel) {
-        pack_keys<kLanes>(c.k, run.at + o, c.dim, panel);
-        const PackedScores<kLanes> product{run_q, row_total, panel, c.dim, to + 8 * o};
-        for_row_blocks<kRows<kLanes>>(run.rows, product, fetch);
-      }
+      products.score(runs[i], scores + runs[i].row * kScores + runs[i].key);
     }
 
     const int64_t width = std::min<int64_t>(kSplit, (key_total - start + kGroup - 1) / kGroup * kGroup);
@@ -163,28 +61,14 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       const Member& member = tile.members[m];
       for (int64_t i = 0; i < member.tokens * c.group; ++i, ++r) {
         const int64_t seen = std::clamp<int64_t>(member.position + i / c.group + 1 - start, 0, kSplit);
-        softmax_row<kLanes>(scores + r * kScores, seen, width, part_peak + r, part_sum + r);
+        softmax_row<Products::kLanes>(scores + r * kScores, seen, width, part_peak + r, part_sum + r);
+        products.weights(scores + r * kScores, width);
       }
     }
 
     std::fill_n(part, rows * c.dim, 0.0f);
     for (int64_t i = 0; i < run_count; ++i) {
-      const Run& run = runs[i];
-      const int64_t blocks = (run.rows + kRows<kLanes> - 1) / kRows<kLanes>;
-      const Spread<T> fetch{ahead, run.count - run.count / 2, blocks};
-      const float* weights = scores + run.row * kScores + run.key;
-      float* to = part + run.row * c.dim;
-      if constexpr (!std::is_same_v<T, float>) {
-        if (run.rows > kFew) {  // read by several blocks of rows: widened once
-          int64_t at[kGroup / 8];
-          widen_values<kLanes>(c.v, run, c.dim, panel, at);
-          const WeightedValues<kLanes, float> product{weights, panel, at, run.count, c.dim, to};
-          for_row_blocks<kRows<kLanes>>(run.rows, product, Spread<T>{fetch});
-          continue;
-        }
-      }
-      const WeightedValues<kLanes, T> product{weights, c.v, run.at, run.count, c.dim, to};
-      for_row_blocks<kRows<kLanes>>(run.rows, product, Spread<T>{fetch});
+      products.value(runs[i], scores + runs[i].row * kScores + runs[i].key, part + runs[i].row * c.dim);
     }
 
     // Every row sees key 0, so its maximum is finite from the first split on; a split that it does not see adds 0.
@@ -212,30 +96,56 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
       for (int64_t d = 0; d < c.dim; d += 8) store_row8(to + d, load8(out + r * c.dim + d) * inverse);
     }
   }
+  products.end();
+}
+template <class Products>
+int64_t scratch_of(int64_t group, int64_t dim) {
+  const int64_t rows = Products::padded(max_rows(group));
+  return Products::query_floats(rows, dim) + rows * (kScores + 2 * dim + 6) + Products::panel_floats(dim);
 }
 
-// Sixteen lanes where the processor has registers for them; eight, in the best clone, elsewhere.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
-#define AXPO_WIDE __attribute__((target("arch=x86-64-v4")))
-AXPO_WIDE void attend_wide(const Tile& tile, const Cache<float>& c, Prefetcher<float>& ahead, float* scratch) {
-  attend<16>(tile, c, ahead, scratch);
-}
-AXPO_WIDE void attend_wide(const Tile& tile, const Cache<c10::BFloat16>& c, Prefetcher<c10::BFloat16>& ahead,
-                           float* scratch) {
-  attend<16>(tile, c, ahead, scratch);
-}
-bool has_wide() { return __builtin_cpu_supports("x86-64-v4"); }
-#else
-template <class T>
-void attend_wide(const Tile&, const Cache<T>&, Prefetcher<T>&, float*) {}
-bool has_wide() { return false; }
+// Sixteen lanes where the processor has registers for them; eight, in the best clone, elsewhere. One function a form:
+// templates cannot be cloned.
+#define AXPO_ATTEND(target, name, Products)                                                                         \
+  target void name(const Tile& tile, const Cache<Products::Element>& c, Prefetcher<Products::Element>& ahead,       \
+                   float* scratch) {                                                                                \
+    attend<Products>(tile, c, ahead, scratch);                                                                      \
+  }
+using Wide32 = VectorProducts<16, float>;
+using Wide16 = VectorProducts<16, bf16>;
+using Narrow32 = VectorProducts<8, float>;
+using Narrow16 = VectorProducts<8, bf16>;
+using Emulated = MatrixProducts<8, EmulatedUnit>;
+AXPO_ATTEND(AXPO_WIDE, attend_wide, Wide32)
+AXPO_ATTEND(AXPO_WIDE, attend_wide, Wide16)
+AXPO_ATTEND(AXPO_CLONES, attend_narrow, Narrow32)
+AXPO_ATTEND(AXPO_CLONES, attend_narrow, Narrow16)
+AXPO_ATTEND(AXPO_CLONES, attend_emulated, Emulated)
+#ifdef AXPO_AMX
+using Amx = MatrixProducts<16, AmxUnit>;
+AXPO_ATTEND(AXPO_WIDE, attend_amx, Amx)
 #endif
-AXPO_CLONES void attend_narrow(const Tile& tile, const Cache<float>& c, Prefetcher<float>& ahead, float* scratch) {
-  attend<8>(tile, c, ahead, scratch);
-}
-AXPO_CLONES void attend_narrow(const Tile& tile, const Cache<c10::BFloat16>& c, Prefetcher<c10::BFloat16>& ahead,
-                               float* scratch) {
-  attend<8>(tile, c, ahead, scratch);
+#undef AXPO_ATTEND
+
+// A form of `attend`, and the floats of scratch memory that it needs.
+template <class T>
+struct Form {
+  void (*attend)(const Tile&, const Cache<T>&, Prefetcher<T>&, float*);
+  int64_t scratch;
+};
+
+template <class T>
+Form<T> form_of(int64_t group, int64_t dim) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (dim % kMatrixDepth == 0) {
+#ifdef AXPO_AMX
+      if (matrix_unit() == MatrixUnit::kAmx) return {attend_amx, scratch_of<Amx>(group, dim)};
+#endif
+      if (matrix_unit() == MatrixUnit::kEmulated) return {attend_emulated, scratch_of<Emulated>(group, dim)};
+    }
+  }
+  if (has_wide_vectors()) return {attend_wide, scratch_of<VectorProducts<16, T>>(group, dim)};
+  return {attend_narrow, scratch_of<VectorProducts<8, T>>(group, dim)};
 }
 
 // One sequence with queries.
@@ -316,20 +226,14 @@ void attend_all(const std::vector<Span>& spans, const Cache<T>& cache, int64_t r
   }
 
   // Neighbours go to one thread, so that it can fetch ahead; about eight runs a thread keep the threads balanced.
-  static const bool wide = has_wide();
+  const Form<T> form = form_of<T>(group, dim);
   const int64_t total = static_cast<int64_t>(tiles.size()), run = std::max<int64_t>(1, total / (8 * threads));
   const int64_t row_bytes = 2 * dim * static_cast<int64_t>(sizeof(T));
   const int64_t ahead_keys = std::clamp<int64_t>(kAheadBytes / row_bytes, kGroup, kSplit);
-  parallel_items((total + run - 1) / run, scratch_size(group, dim), [&](int64_t i, float* scratch) {
+  parallel_items((total + run - 1) / run, form.scratch, [&](int64_t i, float* scratch) {
     const int64_t end = std::min(total, (i + 1) * run);
     Prefetcher<T> ahead{cache, tiles[i * run].members, tiles[end - 1].members + tiles[end - 1].count, ahead_keys};
-    for (int64_t tile = i * run; tile < end; ++tile) {
-      if (wide) {
-        attend_wide(tiles[tile], cache, ahead, scratch);
-      } else {
-        attend_narrow(tiles[tile], cache, ahead, scratch);
-      }
-    }
+    for (int64_t tile = i * run; tile < end; ++tile) form.attend(tiles[tile], cache, ahead, scratch);
   });
 }
 
@@ -354,7 +258,7 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache, co
   if (out.numel() == 0) return out;
   const std::vector<Span> spans = list_spans(tables, starts, lengths, rows, k_cache.size(0), block_size, share);
   if (q.scalar_type() == at::kBFloat16) {
-    attend_all(spans, cache_of<c10::BFloat16>(q, k_cache, v_cache, out, scale), rows, kv_heads);
+    attend_all(spans, cache_of<bf16>(q, k_cache, v_cache, out, scale), rows, kv_heads);
   } else {
     attend_all(spans, cache_of<float>(q, k_cache, v_cache, out, scale), rows, kv_heads);
   }

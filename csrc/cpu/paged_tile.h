@@ -1,58 +1,15 @@
-// The pieces of paged attention that work on one tile: what it is made of, products, softmax. See paged_attention.cpp.
+// The products and the softmax of paged attention in vectors, all arithmetic in fp32. See paged_attention.cpp.
 #pragma once
 
-#include "attention.h"
-#include "lanes.h"
+#include <type_traits>
+
+#include "paged_walk.h"
 
 namespace {
 
 using namespace axpo;
 
-constexpr int kSplit = 256;    // keys reduced together; results depend on it, so it is one constant
-constexpr int kGroup = 32;     // keys handled between two calls of the prefetcher
-constexpr int kScores = kSplit + 16;  // floats from one row of scores to the next: not a multiple of a page's sets
-constexpr int kTileRows = 48;  // rows of a tile
 constexpr int kFew = 6;        // up to so many rows, keys are transposed in registers instead of being packed
-
-// The queries of one sequence in a tile.
-struct Member {
-  int64_t q;              // where the first query begins in q and out, at the first head of the group
-  const int32_t* blocks;  // block table of the sequence
-  int64_t head;           // where the KV head begins in a block
-  int64_t tokens;         // queries
-  int64_t position;       // absolute position of the first of them
-  int64_t shared;         // leading keys whose blocks are those of the member before it in the tile; 0 for the first
-
-  int64_t keys() const { return position + tokens; }
-};
-
-struct Tile {
-  const Member* members;
-  int64_t count;
-};
-
-template <class T>  // float or c10::BFloat16; all arithmetic is fp32
-struct Cache {
-  const T *q, *k, *v;
-  T* out;
-  int64_t block_stride, block_size, dim, group;
-  int64_t token_stride;  // elements from one query token to the next
-  float scale;
-};
-
-// Up to kGroup keys, and the rows of the neighbouring members that take them from the same blocks.
-struct Run {
-  int64_t key, count;      // within the split
-  int64_t row, rows;       // within the tile
-  int64_t at[kGroup / 8];  // where its octets begin in the caches; the last one again where there are fewer
-};
-
-int64_t max_rows(int64_t group) { return std::max<int64_t>(1, kTileRows / group) * group; }
-
-int64_t scratch_size(int64_t group, int64_t dim) {
-  const int64_t rows = (max_rows(group) + 7) / 8 * 8;
-  return rows * (strips(dim) * kStrip + kScores + 2 * dim + 6) + strips(dim) * kStrip * kGroup;
-}
 
 // An octet is eight keys, or eight values, at consecutive positions from a multiple of 8: `dim` elements apart in one
 // block. It is given by where it begins in the cache.
@@ -220,10 +177,6 @@ AXPO_INLINE void value_rows(const float* weights, const T* values, const int64_t
   for (; d < dim; d += 8) value_block<MR, 1, 8>(weights, values, at, count, d, dim, out);
 }
 
-// Rows that one product keeps in registers: there are 32 of 16 lanes, or 16 of 8.
-template <int kLanes>
-constexpr int kRows = kLanes == 16 ? 8 : 6;
-
 // Calls f.run<MR>(r) for blocks of MR <= kBlock rows from r that cover 0 .. rows - 1, and between() before each: there
 // memory is fetched ahead, a little at a time, as the processor waits when too many lines are under way.
 template <int kBlock, class F, class Between>
@@ -331,5 +284,67 @@ AXPO_INLINE void softmax_row(float* row, int64_t seen, int64_t width, float* pea
   for (; j < width; j += 8) store8(row + j, splat8(0.0f));
   *sum = sum8(total);
 }
+
+// What `attend` multiplies with: vectors of kLanes floats. Rows of q are kept in strips, scaled.
+template <int kVectorLanes, class T>
+struct VectorProducts {
+  using Element = T;
+  static constexpr int kLanes = kVectorLanes;
+  const Cache<T>& c;
+  Prefetcher<T>& ahead;
+  int64_t row_total;
+  float *q, *panel;
+
+  static int64_t padded(int64_t rows) { return (rows + 7) / 8 * 8; }
+  static int64_t query_floats(int64_t row_total, int64_t dim) { return row_total * strips(dim) * kStrip; }
+  static int64_t panel_floats(int64_t dim) { return strips(dim) * kStrip * kGroup; }
+
+  AXPO_INLINE void begin() {}
+  AXPO_INLINE void end() {}
+
+  AXPO_INLINE void query(int64_t r, const T* from) {
+    const f32x8 factor = splat8(c.scale * kLog2e);
+    for (int64_t d = 0; d < strips(c.dim) * kStrip; d += 8) {
+      store8(q + (d / kStrip * row_total + r) * kStrip + d % kStrip,
+             d < c.dim ? Lanes<8>::load(from + d) * factor : splat8(0.0f));
+    }
+  }
+
+  // scores[r][key] of a run, to base 2.
+  AXPO_INLINE void score(const Run& run, float* scores) {
+    const int64_t octets = (run.count + 7) / 8;
+    const float* run_q = q + run.row * kStrip;
+    if (run.rows <= kFew) {
+      const FewScores<T> product{run_q, row_total, c.k, run.at, octets, c.dim, scores};
+      return for_row_blocks<kFew>(run.rows, product, Spread<T>{ahead, run.count / 2, 1});
+    }
+    constexpr int64_t kPanel = kLanes / 4;  // octets
+    const int64_t blocks = (run.rows + kRegisterRows<kLanes> - 1) / kRegisterRows<kLanes>;
+    Spread<T> fetch{ahead, run.count / 2, blocks * ((octets + kPanel - 1) / kPanel)};
+    for (int64_t o = 0; o < octets; o += kPanel) {
+      pack_keys<kLanes>(c.k, run.at + o, c.dim, panel);
+      const PackedScores<kLanes> product{run_q, row_total, panel, c.dim, scores + 8 * o};
+      for_row_blocks<kRegisterRows<kLanes>>(run.rows, product, fetch);
+    }
+  }
+
+  AXPO_INLINE void weights(float*, int64_t) {}
+
+  // out[r][0 .. dim) += the run's values by their weights.
+  AXPO_INLINE void value(const Run& run, const float* weights, float* out) {
+    const int64_t blocks = (run.rows + kRegisterRows<kLanes> - 1) / kRegisterRows<kLanes>;
+    Spread<T> fetch{ahead, run.count - run.count / 2, blocks};
+    if constexpr (!std::is_same_v<T, float>) {
+      if (run.rows > kFew) {  // read by several blocks of rows: widened once
+        int64_t at[kGroup / 8];
+        widen_values<kLanes>(c.v, run, c.dim, panel, at);
+        const WeightedValues<kLanes, float> product{weights, panel, at, run.count, c.dim, out};
+        return for_row_blocks<kRegisterRows<kLanes>>(run.rows, product, fetch);
+      }
+    }
+    const WeightedValues<kLanes, T> product{weights, c.v, run.at, run.count, c.dim, out};
+    for_row_blocks<kRegisterRows<kLanes>>(run.rows, product, fetch);
+  }
+};
 
 }  // namespace

@@ -148,7 +148,7 @@ void forward(const Shape& s, const at::Tensor& q, const at::Tensor& k, const at:
     a.k_transposed = keys.transposed.get() + kv_offset;
     a.v_rows = values.rows.get() + kv_offset;
     pack_rows(q_data + offset, stride, count, kRows, s.dim, scale * kLog2e, a.q);
-    (wide() ? forward_wide : forward_narrow)(a);
+    (has_wide_vectors() ? forward_wide : forward_narrow)(a);
     unpack_rows(a.acc, a.inverse, count, s.dim, stride, out_data + offset);
     std::copy_n(a.lse, count, lse_data + head * s.tokens + first);
   });
@@ -210,7 +210,7 @@ void backward(const Shape& s, const Operands& o, float scale) {
         for (int64_t r = 0; r < kRows; ++r) {
           a.lse[r] = r < count ? lse_data[head * s.tokens + first + r] * kLog2e : 0.0f;
         }
-        (wide() ? backward_wide : backward_narrow)(a);
+        (has_wide_vectors() ? backward_wide : backward_narrow)(a);
         unpack_rows(a.grad_q, factor.data(), count, s.dim, stride, grad_q_data + offset);
       }
     }

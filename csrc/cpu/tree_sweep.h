@@ -3,21 +3,7 @@
 
 #include "tree_tile.h"
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && __GNUC__ >= 12
-#define AXPO_WIDE __attribute__((target("arch=x86-64-v4")))
-#endif
-
 namespace {
-
-// Whether the processor has 512-bit vectors, and the compiler could be told so.
-static inline bool wide() {
-#ifdef AXPO_WIDE
-  static const bool has = __builtin_cpu_supports("x86-64-v4");
-  return has;
-#else
-  return false;
-#endif
-}
 
 // Queries [first, first + count) of one head. The caller fills in q and the panels of the KV head, and takes acc times
 // `inverse`, and lse, which is natural.
@@ -188,12 +174,7 @@ AXPO_INLINE void backward_sweep(const BackwardTile& a) {
 
 AXPO_CLONES void forward_narrow(const ForwardTile& a) { forward_sweep<Narrow>(a); }
 AXPO_CLONES void backward_narrow(const BackwardTile& a) { backward_sweep<Narrow>(a); }
-#ifdef AXPO_WIDE
 AXPO_WIDE void forward_wide(const ForwardTile& a) { forward_sweep<Wide>(a); }
 AXPO_WIDE void backward_wide(const BackwardTile& a) { backward_sweep<Wide>(a); }
-#else
-constexpr auto forward_wide = forward_narrow;
-constexpr auto backward_wide = backward_narrow;
-#endif
 
 }  // namespace

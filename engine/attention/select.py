@@ -3,11 +3,14 @@
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 from engine.attention.backend import Backend, Target
 from engine.attention.flash_attn import FlashAttention
 from engine.attention.ours import Ours
 from engine.attention.sdpa import SDPA
 from engine.attention.xformers import XFormers
+from kernels._library import why_not_amx
 
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Ours, FlashAttention, XFormers, SDPA)}  # best first
 
@@ -40,4 +43,7 @@ def choose_backend(name: str, target: Target) -> Choice:
     for other, reason in reasons.items():
         if other != taken:
             lines.append(f"  not {other}: {reason or f'it could serve, and is taken with attention={other!r}'}")
+    if target.device.type == "cpu" and target.dtype == torch.bfloat16:
+        reason = why_not_amx()
+        lines.append(f"bf16 products: {'AMX' if reason is None else f'widened to fp32, without AMX: {reason}'}")
     return Choice(BACKENDS[taken], "\n".join(lines))

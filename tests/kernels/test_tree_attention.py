@@ -50,15 +50,38 @@ def with_gradients(function, q, k, v, grad, end, scale):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+def lse_rounding(q, k, v, grad, end, scale) -> list[torch.Tensor]:
+    """How far the gradients may move by keeping a query's log-sum-exp in fp32: of out (not at all), q, k and v.
+
+    The backward recomputes p = 2^(log2(e) (score - lse)), so a rounding of lse and one of its multiple change all of a
+    query's p by up to |lse| 2^-23 of their size. (The plain reference normalises p itself, without such an error.)
+    """
+    tokens, group = len(q), q.shape[1] // max(k.shape[1], 1)
+    q, k, v, grad = (x.double() for x in (q, k, v, grad))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    scores = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill((j > i) | (i >= end[None]), -torch.inf)
+    lse = scores.logsumexp(-1, keepdim=True)
+    moved = (scores - lse).exp() * lse.abs() * 2.0**-23
+    by_weight = torch.einsum("ihd,jhd->hij", grad, v)
+    mean = (torch.softmax(scores, -1) * by_weight).sum(-1, keepdim=True)
+    by_score = moved * (by_weight - mean).abs() * abs(scale)
+    to_kv = [torch.einsum("hij,ihd->jhd", x, y.abs()) for x, y in ((by_score, q), (moved, grad))]
+    to_kv = [x.unflatten(1, (-1, group)).sum(2) for x in to_kv]
+    return [torch.zeros_like(q), torch.einsum("hij,jhd->ihd", by_score, k.abs()), *to_kv]
+
+
 def assert_matches_float64(q, k, v, grad, end, scale, note: str) -> None:
+    """Errors of at most three times those of plain fp32, and what the fp32 log-sum-exp adds."""
     found = with_gradients(tree_attention, q, k, v, grad, end, scale)
     truth = with_gradients(tree_attention_reference, *(x.double() for x in (q, k, v, grad)), end, scale)
     plain = with_gradients(tree_attention_reference, q, k, v, grad, end, scale)
-    for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v"), found, truth, plain, strict=True):
-        assert a.shape == b.shape and a.dtype == torch.float32
-        error = (a - b).abs().max().item() if b.numel() else 0.0
-        allowed = 3 * ((c - b).abs().max().item() if b.numel() else 0.0) + 2e-6 * (1 + b.abs().max().item())
-        assert error <= allowed, f"{name}: error {error:.2e} above {allowed:.2e}; {note}"
+    rounding = lse_rounding(q, k, v, grad, end, scale)
+    for name, a, b, c, d in zip(("out", "grad_q", "grad_k", "grad_v"), found, truth, plain, rounding, strict=True):
+        assert a.shape == b.shape == d.shape and a.dtype == torch.float32
+        allowed = 3 * (c - b).abs().amax() + 2e-6 * (1 + b.abs().amax()) + d
+        excess = (a - b).abs() - allowed
+        assert (excess <= 0).all(), f"{name}: error {(a - b).abs().max():.2e}, {excess.max():.2e} too much; {note}"
 
 
 @pytest.mark.parametrize(
