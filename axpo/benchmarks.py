@@ -10,17 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from axpo.branch import Limits
 from axpo.config import Config
 from axpo.distributed import barrier, rank, world_size
 from axpo.grading import final_answer
 from axpo.outfolder import open_folder
-from axpo.rollout import Limits
 from axpo.rundir import write_json
 from axpo.scores import Scores, scores
 from axpo.tasks import Task, get_task, task_names
 
 if TYPE_CHECKING:
-    from axpo.rollout import Agent, Branch
+    from axpo.branch import Branch
+    from axpo.rollout import Agent
 
 _BATCH = 64  # questions that are rolled out at once, which bounds the KV that is held
 # What may differ between the parts of an evaluation: which questions, and how often.

@@ -17,7 +17,8 @@ from axpo.config import CollectConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from axpo.rollout import Agent, Branch
+    from axpo.branch import Branch
+    from axpo.rollout import Agent
     from axpo.tasks import Task
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 
+from axpo.branch import Branch, Limits
 from axpo.config import Algo
 from axpo.distributed import Bulletin, rank, world_size
 from axpo.resample import Candidate, PrefixBoard, find_candidates, prefix_budget, select_prefixes
-from axpo.rollout import Agent, Branch, Limits
+from axpo.rollout import Agent
 from axpo.tasks import Question
 from axpo.trajectory import Trajectory
 

@@ -4,99 +4,27 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from functools import lru_cache
+from itertools import islice
+from typing import Protocol
 
-from PIL import Image
-
+from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
 from axpo.grading import Grade, Grader
 from axpo.resample import call_uncertainty
 from axpo.tasks import Question
-from axpo.tools import Tool, ToolResult
+from axpo.tools import ToolResult
 from axpo.tools.parse import ParsedCall
-from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, Status, ToolCall, Trajectory
-from engine import LLM, CompletionOutput, SamplingParams, derive_seed
+from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
+from engine import LLM, CompletionOutput, ImageInput, SamplingParams, derive_seed
 from engine import Sequence as EngineSequence
 
 _POLL_S = 0.002
 """Between looks at what other ranks have finished, when this one has nothing to compute."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections."""
-
-    max_turns: int
-    max_new_tokens: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    presence_penalty: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Branch:
-    """A rollout in progress: the engine's sequence, and what is known of each of its tokens."""
-
-    id: str
-    group: int
-    question: Question
-    sequence: EngineSequence
-    seed: int
-    images: list[Image.Image]
-    prompt_len: int
-    roles: list[int]
-    logprobs: list[float | None]
-    entropies: list[float | None]
-    parent: str | None = None
-    fork_token: int | None = None
-    turn: int = 0
-    turn_start: int = 0
-    calls: list[ToolCall] = field(default_factory=list)
-    status: Status | None = None
-    reward: float = 0.0
-    score: float = 0.0
-    grade_error: str | None = None
-    grading: bool = False
-    """Its answer is being compared on a worker thread; then it has ended."""
-    observations: list[Sequence[ToolResult]] = field(default_factory=list)
-    """What the tools answered, a turn each."""
-    sessions: dict[str, Tool] = field(default_factory=dict)
-    """The tools with state that it has called; they end with the branch."""
-
-    @property
-    def sampled(self) -> int:
-        return self.roles.count(SAMPLED)
-
-    def session(self, tool: Tool) -> Tool:
-        """The branch's own instance of a tool: what a resample calls has not seen its source's calls."""
-        if tool.name in self.sessions:
-            return self.sessions[tool.name]
-        made = tool.session()
-        if made is not tool:
-            self.sessions[tool.name] = made
-        return made
-
-    def take_grade(self, grade: Grade) -> None:
-        self.reward, self.score = grade.reward, grade.score
-        self.grade_error, self.grading = grade.error, False
-
-    def end_sessions(self) -> None:
-        for tool in self.sessions.values():
-            tool.close()
-        self.sessions.clear()
-
-    def record(self, role: int, logprobs: Sequence[float | None], entropies: Sequence[float | None]) -> None:
-        self.roles += [role] * len(logprobs)
-        self.logprobs += logprobs
-        self.entropies += entropies
-
-
-Pending = tuple[Branch, Callable[[Any], None]]
-"""Whom a worker thread works for, and what takes its result."""
+Result = list[ToolResult] | Grade | None
+"""What became of a turn: what its tools answered, what its answer is worth, nothing further (yet)."""
 
 
 class Followup(Protocol):
@@ -153,7 +81,8 @@ class Agent:
         """`size` rollouts of every (group number, question): the prompt is computed once and forked."""
         self.llm.reset_prefix_cache()  # bits must not depend on what ran before: a resumed run has no such past
         groups = []
-        roots = [self._open(question, limits) for _, question in questions]
+        images = iter(self.llm.image_inputs([image for _, question in questions for image in question.images]))
+        roots = [self._open(question, list(islice(images, len(question.images))), limits) for _, question in questions]
         self.llm.prefill(roots)
         for (group, question), root in zip(questions, roots, strict=True):
             length = len(root)
@@ -236,8 +165,7 @@ class Agent:
         trajectory.confidence = uncertainty[0] if uncertainty else None
         return trajectory
 
-    def _open(self, question: Question, limits: Limits) -> EngineSequence:
-        images = self.llm.image_inputs(question.images)
+    def _open(self, question: Question, images: list[ImageInput], limits: Limits) -> EngineSequence:
         tokens = self.conversation.prompt(question.messages, images)
         if len(tokens) >= limits.max_tokens:
             raise ValueError(
@@ -252,7 +180,7 @@ class Agent:
         A branch waits for its own tools only, and decoding for none but inline ones.
         """
         active: dict[int, Branch] = {}
-        pending: dict[Future, Pending] = {}
+        pending: dict[Future[Result], Branch] = {}
 
         def begin(new: Iterable[Branch]) -> None:
             for branch in new:
@@ -266,20 +194,29 @@ class Agent:
                 branch.end_sessions()
                 begin(then.ended(branch) if then is not None else ())
 
+        def take(results: Sequence[tuple[Branch, Result]]) -> None:
+            observed = [result for _, result in results if isinstance(result, list)]
+            images = iter(
+                self.llm.image_inputs([i for answers in observed for answer in answers for i in answer.images])
+            )
+            for branch, result in results:
+                if isinstance(result, list):
+                    own = list(islice(images, sum(len(answer.images) for answer in result)))
+                    self._observe(branch, result, own, limits)
+                elif result is not None:
+                    branch.take_grade(result)
+                settle(branch)
+
         begin(branches)
         idle_since = math.inf
         while True:
             if self.interrupted():
                 raise InterruptedRollouts
-            for sequence, output in self.llm.step():
-                branch = active[id(sequence)]
-                self._turn(branch, output, limits, pending)
-                settle(branch)
+            ended = [(active[id(sequence)], output) for sequence, output in self.llm.step()]
+            take([(branch, self._turn(branch, output, limits, pending)) for branch, output in ended])
             # In the order of submission, so that a batch does not depend on which thread was faster.
-            for future in self._finished(pending, wait_for_one=not self.llm.scheduler.has_work):
-                branch, take = pending.pop(future)
-                take(future.result())
-                settle(branch)
+            finished = self._finished(pending, wait_for_one=not self.llm.scheduler.has_work)
+            take([(pending.pop(future), future.result()) for future in finished])
             more = then.poll() if then is not None else None
             begin(more or ())
             if not (self.llm.scheduler.has_work or pending):
@@ -292,27 +229,28 @@ class Agent:
             else:
                 idle_since = math.inf
 
-    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future, Pending]) -> None:
+    def _turn(
+        self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future[Result], Branch]
+    ) -> Result:
         """Records a turn, and calls its tools or grades its answer: what is quick now, the rest on a worker thread."""
         calls = self._end_turn(branch, output, limits)
         if calls and all(call.name is None or self.conversation.inline(call.name) for call in calls):
-            self._observe(branch, self._call_tools(branch, calls), limits)
-        elif calls:
-            observe = partial(self._observe, branch, limits=limits)
-            pending[self._pool.submit(self._call_tools, branch, calls)] = branch, observe
+            return self._call_tools(branch, calls)
+        if calls:
+            pending[self._pool.submit(self._call_tools, branch, calls)] = branch
         elif branch.status == "answered":
             text = self.conversation.processor.decode(branch.sequence.token_ids[branch.turn_start :])
             if self.grader.inline(branch.question.rubric):
-                branch.take_grade(self._grade(branch, text))
-            else:
-                branch.grading = True
-                pending[self._pool.submit(self._grade, branch, text)] = branch, branch.take_grade
+                return self._grade(branch, text)
+            branch.grading = True
+            pending[self._pool.submit(self._grade, branch, text)] = branch
+        return None
 
     def _grade(self, branch: Branch, text: str) -> Grade:
         question = branch.question
         return self.grader.grade(text, question.rubric, question=question.text, thinking=self.conversation.thinks)
 
-    def _finished(self, pending: dict[Future, Pending], *, wait_for_one: bool) -> list[Future]:
+    def _finished(self, pending: dict[Future[Result], Branch], *, wait_for_one: bool) -> list[Future[Result]]:
         """What is done, in the order of submission."""
         if not pending:
             return []
@@ -328,17 +266,8 @@ class Agent:
         if room < 1:
             branch.status = "length"
             return
-        params = SamplingParams(
-            temperature=limits.temperature,
-            top_p=limits.top_p,
-            top_k=limits.top_k,
-            presence_penalty=limits.presence_penalty,
-            max_tokens=room,
-            seed=branch.seed,
-            stop_token_ids=(self.conversation.end_of_turn,),
-            detokenize=False,
-        )
-        self.llm.submit(branch.sequence, params)
+        params = _sampling_params(limits, self.conversation.end_of_turn)
+        self.llm.submit(branch.sequence, params, seed=branch.seed, max_tokens=room)
 
     def _end_turn(self, branch: Branch, output: CompletionOutput, limits: Limits) -> list[ParsedCall]:
         """Records a turn. Returns the calls to run; none when the trajectory has ended."""
@@ -375,9 +304,10 @@ class Agent:
             results.append(result)
         return results
 
-    def _observe(self, branch: Branch, results: Sequence[ToolResult], limits: Limits) -> None:
+    def _observe(
+        self, branch: Branch, results: Sequence[ToolResult], images: Sequence[ImageInput], limits: Limits
+    ) -> None:
         """Appends the tool responses and starts the next turn."""
-        images = self.llm.image_inputs([image for result in results for image in result.images])
         tokens = self.conversation.observation(results, images)
         if len(branch.sequence) + len(tokens) >= limits.max_tokens:
             branch.status = "length"
@@ -387,6 +317,20 @@ class Agent:
         branch.record(OBSERVATION, [None] * len(tokens), [None] * len(tokens))
         branch.turn_start = len(branch.sequence)
         self._submit(branch, limits)
+
+
+@lru_cache(maxsize=16)
+def _sampling_params(limits: Limits, end_of_turn: int) -> SamplingParams:
+    """Of every turn; its seed and the tokens that are left are the branch's."""
+    return SamplingParams(
+        temperature=limits.temperature,
+        top_p=limits.top_p,
+        top_k=limits.top_k,
+        presence_penalty=limits.presence_penalty,
+        max_tokens=None,
+        stop_token_ids=(end_of_turn,),
+        detokenize=False,
+    )
 
 
 def _as_tool_call(call: ParsedCall, branch: Branch) -> ToolCall:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from axpo.branch import Limits
 from axpo.checkpoint import export_policy
 from axpo.config import Config
 from axpo.distributed import barrier, device, from_rank_0, gather_objects, rank, world_size
@@ -21,7 +22,7 @@ from axpo.lifecycle import Lifecycle
 from axpo.metrics import MetricsLogger
 from axpo.order import shuffled
 from axpo.replay import keep_update
-from axpo.rollout import InterruptedRollouts, Limits
+from axpo.rollout import InterruptedRollouts
 from axpo.rundir import RunDir, cannot_write, write_json
 from axpo.stopping import Stop
 from axpo.tasks import Question

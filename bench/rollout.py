@@ -28,10 +28,11 @@ from PIL import Image
 from rich.console import Console
 from rollout_floor import Products
 
+from axpo.branch import Limits
 from axpo.conversation import Conversation
 from axpo.metrics import table
 from axpo.paths import model_directory
-from axpo.rollout import Agent, Limits
+from axpo.rollout import Agent
 from axpo.tasks import Question, get_task
 from axpo.tools import ToolResult, get_tools
 from engine import LLM, ImageInput

@@ -1,6 +1,9 @@
 """Images to patches as transformers does it, bit for bit, in a fraction of the time."""
 
 import hashlib
+import os
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 ORDERS = 64  # sizes of images whose order of patches is remembered
+LARGE = 1 << 17  # pixels of an image from which on a thread gains more than its handing over costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,18 @@ class ImageProcessor:
             values = (values - mean) / std
         self._table = np.ascontiguousarray(values).ravel()
         self._orders: dict[tuple[int, int], tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]] = {}
+        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="image")
 
-    def __call__(self, rgb: Image.Image) -> ImageInput:
-        """Raises ValueError when one side is more than 200 times the other."""
+    def __call__(self, rgb: Seq[Image.Image]) -> list[ImageInput]:
+        """Of decoded RGB images. Threads share large ones: Pillow and numpy compute without the interpreter's lock.
+
+        Raises:
+            ValueError: one side of an image is more than 200 times the other.
+        """
+        large = len(rgb) > 1 and sum(image.width * image.height for image in rgb) >= LARGE * len(rgb)
+        return list(self._threads.map(self._one, rgb) if large else map(self._one, rgb))
+
+    def _one(self, rgb: Image.Image) -> ImageInput:
         if self._do_resize:
             height, width = self._smart_resize(
                 rgb.height, rgb.width, self._patch * self._merge, self._min_pixels, self._max_pixels
@@ -78,7 +91,8 @@ class ImageProcessor:
     def _order(self, height: int, width: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]:
         """Of an image of this size: which of its [H, W, 3] bytes each value of a frame's patches comes from, [patches,
         3 * patch²], and where that channel's values begin in the table, [3 * patch²]."""
-        if (height, width) not in self._orders:
+        known = self._orders.get((height, width))
+        if known is None:
             patch, merge = self._patch, self._merge
             index = np.arange(height * width * 3).reshape(height, width, 3).transpose(2, 0, 1)
             rows, columns = height // (patch * merge), width // (patch * merge)
@@ -86,5 +100,5 @@ class ImageProcessor:
             if len(self._orders) >= ORDERS:
                 self._orders.clear()
             row = np.repeat(np.arange(3, dtype=np.int16) * 256, patch**2)
-            self._orders[height, width] = blocks.reshape(rows * columns * merge**2, -1), row
-        return self._orders[height, width]
+            known = self._orders[height, width] = blocks.reshape(rows * columns * merge**2, -1), row
+        return known

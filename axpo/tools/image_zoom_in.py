@@ -57,7 +57,8 @@ class ImageZoomIn(Tool):
             box = pixel_box(arguments["bbox_2d"], image.size, self.min_side)
         except ValueError as error:
             return ToolResult.failure(str(error))
-        return ToolResult(ok=True, images=[image.crop(box).convert("RGB")])
+        crop = image.crop(box)
+        return ToolResult(ok=True, images=[crop if crop.mode == "RGB" else crop.convert("RGB")])
 
 
 def pixel_box(bbox: list[float], size: tuple[int, int], min_side: int) -> tuple[int, int, int, int]:

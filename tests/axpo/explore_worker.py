@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from axpo.branch import Limits
 from axpo.config import Algo
 from axpo.conversation import Conversation
 from axpo.distributed import finish, initialise, rank, world_size
 from axpo.explore import explore
 from axpo.paths import model_directory
-from axpo.rollout import Agent, Limits
+from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tools import get_tools
 from engine import LLM

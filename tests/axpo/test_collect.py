@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from axpo.branch import Limits
 from axpo.cli import resolve
 from axpo.collect import Collection, collect, conversation, read_outcomes, summary
 from axpo.config import CollectConfig
@@ -13,7 +14,7 @@ from axpo.data import Rows
 from axpo.data.__main__ import filter_file
 from axpo.data.select import RlQuestions
 from axpo.data.write import write_rows
-from axpo.rollout import Agent, Limits
+from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tasks.conversations import conversation_row
 from axpo.trajectory import SAMPLED

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from axpo.branch import Limits
 from axpo.config import Algo
 from axpo.conversation import Conversation
 from axpo.explore import Exploration, StepAhead, explore
 from axpo.paths import model_directory
 from axpo.resample import find_candidates, prefix_budget, select_prefixes
-from axpo.rollout import Agent, Limits
+from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tools import Tool, ToolResult, get_tools
 from axpo.tools.image_zoom_in import ImageZoomIn

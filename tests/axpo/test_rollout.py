@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
 from axpo.grading import Rubric
 from axpo.paths import model_directory
 from axpo.resample import find_candidates
-from axpo.rollout import Agent, Branch, Limits
+from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tools import get_tools
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED
