@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from axpo.branch import Branch, Limits
 from axpo.conversation import Conversation
@@ -24,7 +24,7 @@ _POLL_S = 0.002
 
 
 Result = list[ToolResult] | Grade | None
-"""What became of a turn: what its tools answered, what its answer is worth, nothing further (yet)."""
+"""What became of a turn: what its tools answered, what its answer is worth; None where nothing is to be done (yet)."""
 
 
 class Followup(Protocol):
@@ -180,7 +180,7 @@ class Agent:
         A branch waits for its own tools only, and decoding for none but inline ones.
         """
         active: dict[int, Branch] = {}
-        pending: dict[Future[Result], Branch] = {}
+        pending: dict[Future[Any], Branch] = {}
 
         def begin(new: Iterable[Branch]) -> None:
             for branch in new:
@@ -230,7 +230,7 @@ class Agent:
                 idle_since = math.inf
 
     def _turn(
-        self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future[Result], Branch]
+        self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future[Any], Branch]
     ) -> Result:
         """Records a turn, and calls its tools or grades its answer: what is quick now, the rest on a worker thread."""
         calls = self._end_turn(branch, output, limits)
@@ -241,16 +241,17 @@ class Agent:
         elif branch.status == "answered":
             text = self.conversation.processor.decode(branch.sequence.token_ids[branch.turn_start :])
             if self.grader.inline(branch.question.rubric):
-                return self._grade(branch, text)
-            branch.grading = True
-            pending[self._pool.submit(self._grade, branch, text)] = branch
+                branch.take_grade(self._grade(branch, text))
+            else:
+                branch.grading = True
+                pending[self._pool.submit(self._grade, branch, text)] = branch
         return None
 
     def _grade(self, branch: Branch, text: str) -> Grade:
         question = branch.question
         return self.grader.grade(text, question.rubric, question=question.text, thinking=self.conversation.thinks)
 
-    def _finished(self, pending: dict[Future[Result], Branch], *, wait_for_one: bool) -> list[Future[Result]]:
+    def _finished(self, pending: dict[Future[Any], Branch], *, wait_for_one: bool) -> list[Future[Any]]:
         """What is done, in the order of submission."""
         if not pending:
             return []

@@ -41,11 +41,16 @@ def says(agent: Agent, branch: Branch, text: str) -> CompletionOutput:
 
 
 def fresh(agent: Agent, question) -> Branch:
-    sequence = agent._open(question, LIMITS)
+    sequence = agent._open(question, agent.llm.image_inputs(question.images), LIMITS)
     n = len(sequence)
     return Branch(
         "b", 0, question, sequence, 0, list(question.images), n, [PROMPT] * n, [None] * n, [None] * n, turn_start=n
     )
+
+
+def observe(agent: Agent, branch: Branch, results: list) -> None:
+    images = [image for result in results for image in result.images]
+    agent._observe(branch, results, agent.llm.image_inputs(images), LIMITS)
 
 
 CALL = "I look.\n</think>\n\n<tool_call>\n{}\n</tool_call>"
@@ -75,7 +80,7 @@ def test_a_bad_call_is_answered_counted_and_survived(agent: Agent, questions: li
     assert not results[0].ok and told in results[0].text
     assert not branch.calls[0].ok and told in (branch.calls[0].error or "")
     before = len(branch.sequence)
-    agent._observe(branch, results, LIMITS)
+    observe(agent, branch, results)
     observation = agent.conversation.processor.decode(branch.sequence.token_ids[before:])
     assert told in observation and observation.startswith("\n<|im_start|>user\n<tool_response>\n")
     assert branch.roles[before:] == [OBSERVATION] * (len(branch.sequence) - before)
@@ -98,8 +103,8 @@ def test_a_slow_grade_is_made_on_a_worker_thread(agent: Agent, questions: list) 
     text = "So.\n</think>\n\n<answer>\\boxed{0.5}</answer>"
     agent._turn(branch, says(agent, branch, text), LIMITS, pending)
     assert branch.status == "answered" and branch.grading
-    ((future, (waiting, take)),) = pending.items()
-    take(future.result(timeout=60))
+    ((future, waiting),) = pending.items()
+    waiting.take_grade(future.result(timeout=60))
     assert waiting is branch and (branch.reward, branch.grading) == (1.0, False)
     branch.sequence.close()
 
@@ -110,7 +115,7 @@ def test_the_crop_comes_back_and_can_be_zoomed_again(agent: Agent, questions: li
     calls = agent._end_turn(branch, says(agent, branch, CALL.format(json.dumps(box))), LIMITS)
     results = agent._call_tools(branch, calls)
     assert results[0].ok and results[0].images[0].size == (64, 64)
-    agent._observe(branch, results, LIMITS)
+    observe(agent, branch, results)
     assert len(branch.sequence.images) == 2 and len(branch.images) == 2
     agent.llm.abort(branch.sequence)
     branch.sequence.close()

@@ -20,7 +20,12 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_patches_equal_transformers(config: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_patches_equal_transformers(
+    config: dict, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("engine.images.can_cut", lambda: False)
     seed = random.randrange(2**31)
     rng = np.random.default_rng(seed)
     theirs = Qwen2VLImageProcessorPil(**config)
