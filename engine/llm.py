@@ -4,24 +4,21 @@ import itertools
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from engine.attention import Target, choose_backend
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
 from engine.graphs import Launched
-from engine.images import ImageInput
+from engine.inputs import Inputs
 from engine.lifecycle import Lifecycle
 from engine.logits import make_shaper
 from engine.memory import KVCache, check_kv_size, kv_size
 from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.processor import Processor
 from engine.prompts import Prompt, eos_token_ids, parse_prompt
 from engine.resident import LoadFormat, ResidentWeights
 from engine.runner import Runner
@@ -31,7 +28,7 @@ from engine.sequence import Sequence
 from engine.stopping import met_stop_string, text_of
 
 
-class LLM(Lifecycle):
+class LLM(Inputs, Lifecycle):
     """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
 
     Args:
@@ -95,10 +92,6 @@ class LLM(Lifecycle):
         self._requests = itertools.count()
         self._ordinals = itertools.count()
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
-
-    @cached_property
-    def processor(self) -> Processor:
-        return Processor(self.path, self.config)
 
     # -- sequences ---------------------------------------------------------------------
 
@@ -351,28 +344,6 @@ class LLM(Lifecycle):
 
     def next_ordinal(self) -> int:
         return next(self._ordinals)
-
-    def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
-        return self.processor.images(images) if images else []
-
-    def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
-        """Every image has its tokens afterwards. Raises ValueError: not as many as the images, or an unknown id."""
-        tokens = list(token_ids)
-        if images or self.config.image_token_id in tokens:
-            tokens = self.processor.expand(tokens, images)
-        for bad in (min(tokens, default=0), max(tokens, default=0)):
-            if not 0 <= bad < self.config.text.vocab_size:
-                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
-        return tokens
-
-    def check_length(self, length: int, images: Seq[ImageInput] = ()) -> None:
-        limit = self.config.text.max_position_embeddings
-        if length > limit:
-            of_images = sum(image.num_tokens for image in images)
-            raise ValueError(
-                f"{length} tokens{f', {of_images} of them of images,' if of_images else ''} are more than the model's "
-                f"context of {limit}; shorten the prompt or observation{' or take smaller images' if of_images else ''}"
-            )
 
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick

@@ -1,8 +1,8 @@
 // Images to the patches of a vision tower in one pass: Pillow's resize of 8-bit images, bit for bit, and a table of what
 // each pixel value becomes. See kernels/image_patches.py.
 //
-// Pillow resizes first along rows (see `rows_first` there), then along columns, with taps in 22-bit fixed point and a rounding to 8 bits behind
-// each (src/libImaging/Resample.c). Sums of integers are exact, so their order does not matter.
+// Pillow resizes first along rows (but see `rows_first` there), then along columns, with taps in 22-bit fixed point and a
+// rounding to 8 bits behind each (src/libImaging/Resample.c). Sums of integers are exact: their order does not matter.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
