@@ -1,5 +1,6 @@
 """A rollout in progress, and what bounds it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,10 @@ from engine import Sequence as EngineSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections."""
+    """Sampling and stopping of a trajectory; the fields are those of the config's rollout and eval sections.
+
+    max_observation_tokens, max_images: 0 is no limit.
+    """
 
     max_turns: int
     max_new_tokens: int
@@ -23,6 +27,9 @@ class Limits:
     top_p: float = 1.0
     top_k: int = 0
     presence_penalty: float = 0.0
+    max_observation_tokens: int = 0
+    max_images: int = 0
+    tool_timeout_s: float = math.inf
 
 
 @dataclass(slots=True, eq=False)

@@ -104,7 +104,7 @@ def conversation(agent: "Agent", branch: "Branch") -> dict[str, Any]:
         turn = tokens[start:end]
         turn = turn[:-1] if turn[-1] == agent.conversation.end_of_turn else turn
         said = processor.decode(turn)
-        exact = exact and processor.encode_text(said) == list(turn)
+        exact = exact and agent.conversation.turn(said)[:-1] == list(turn)
         messages.append({"role": "assistant", "content": said})
         for result in next(observations, ()):
             text = [{"type": "text", "text": result.text}] if result.text else []

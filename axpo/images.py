@@ -18,6 +18,8 @@ def check_image(image: Image.Image, name: str) -> None:
         raise ValueError(f"{name} is {image.width}x{image.height}: it has no pixels")
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{name} is {image.width}x{image.height}, more than {limit} pixels; scale it down first")
+    if type(image) is Image.Image:
+        return  # not a file: its pixels are in memory
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -48,6 +48,7 @@ def check_inputs(config: Config) -> Inputs:
     check_fits(config, device())
     check_sinks(config.log)
     check_heldout(config, inputs.task)
+    check_prompt(config, inputs)
     return inputs
 
 
@@ -55,6 +56,21 @@ def check_heldout(config: Config, task: Task) -> None:
     """ValueError when the task has fewer held-out questions than are asked."""
     if config.eval.questions > (held_out := task.size("heldout") if config.eval.questions else 0):
         raise ValueError(f"eval.questions = {config.eval.questions}: there are {held_out} held-out questions")
+
+
+def check_prompt(config: Config, inputs: Inputs) -> None:
+    """ValueError when the first question cannot be put to this checkpoint: its template, its images, their length."""
+    question, processor = inputs.task.question("train", 0), inputs.conversation.processor
+    try:
+        images = [processor.image(image) for image in question.images]
+        length = len(inputs.conversation.prompt(question.messages, images))
+    except ValueError as error:
+        raise ValueError(f"question {question.id!r}: {error}") from error
+    if length >= config.rollout.max_tokens:
+        raise ValueError(
+            f"rollout.max_tokens = {config.rollout.max_tokens}: the prompt of question {question.id!r} has {length} "
+            "tokens; raise it, or shorten the question or its images"
+        )
 
 
 def check_sampling(config: Config) -> Inputs:

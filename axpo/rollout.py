@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
-from functools import partial
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Protocol
 
 from axpo.branch import Branch, Limits
+from axpo.calls import TurnCalls, Workers
 from axpo.conversation import Conversation
 from axpo.forks import call_uncertainty
 from axpo.grading import Grade, Grader
@@ -16,15 +18,18 @@ from axpo.tasks import Question
 from axpo.tools import ToolResult
 from axpo.tools.parse import ParsedCall
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
-from engine import LLM, CompletionOutput, SamplingParams, derive_seed
+from engine import LLM, CompletionOutput, ImageInput, SamplingParams, derive_seed
 from engine import Sequence as EngineSequence
 
 _POLL_S = 0.002
 """Between looks at what other ranks have finished, when this one has nothing to compute."""
 
 
-Pending = tuple[Branch, Callable[[Any], None]]
-"""Whom a worker thread works for, and what takes its result."""
+Result = list[ToolResult] | Grade | None
+"""What became of a turn: what its tools answered, what its answer is worth; None where nothing is to be done (yet)."""
+
+Pending = dict[Future[Result], tuple[Branch, TurnCalls | None]]
+"""Whom worker threads work for, and the calls that they make; None: they compare an answer."""
 
 
 class Followup(Protocol):
@@ -65,7 +70,7 @@ class Agent:
         """Asked after every engine step: rollouts end in InterruptedRollouts when it says so."""
         self.patience_s = math.inf
         """Longest wait for other ranks' groups, with nothing of its own to do."""
-        self._pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="tool")
+        self._workers = Workers(tool_workers)
 
     def rollouts(
         self, step: int, questions: Sequence[tuple[int, Question]], size: int, limits: Limits
@@ -81,7 +86,8 @@ class Agent:
         """`size` rollouts of every (group number, question): the prompt is computed once and forked."""
         self.llm.reset_prefix_cache()  # bits must not depend on what ran before: a resumed run has no such past
         groups = []
-        roots = [self._open(question, limits) for _, question in questions]
+        images = iter(self._images_of(question for _, question in questions))
+        roots = [self._open(question, list(islice(images, len(question.images))), limits) for _, question in questions]
         self.llm.prefill(roots)
         for (group, question), root in zip(questions, roots, strict=True):
             length = len(root)
@@ -174,9 +180,26 @@ class Agent:
         trajectory.confidence = uncertainty[0] if uncertainty else None
         return trajectory
 
-    def _open(self, question: Question, limits: Limits) -> EngineSequence:
-        images = self.llm.image_inputs(question.images)
-        tokens = self.conversation.prompt(question.messages, images)
+    def _images_of(self, questions: Iterable[Question]) -> list[ImageInput]:
+        """All in one reading; ValueError names the question whose image this model does not take."""
+        questions = list(questions)
+        try:
+            return self.llm.image_inputs([image for question in questions for image in question.images])
+        except ValueError as error:
+            if len(questions) > 1:
+                return [image for question in questions for image in self._images_of([question])]
+            raise ValueError(f"question {questions[0].id!r}: {error}") from error
+
+    def _open(self, question: Question, images: list[ImageInput], limits: Limits) -> EngineSequence:
+        if limits.max_images and len(images) > limits.max_images:
+            raise ValueError(
+                f"question {question.id!r}: {len(images)} images, rollout.max_images is {limits.max_images}; raise it, "
+                "or leave the question out"
+            )
+        try:
+            tokens = self.conversation.prompt(question.messages, images)
+        except ValueError as error:
+            raise ValueError(f"question {question.id!r}: {error}") from error
         if len(tokens) >= limits.max_tokens:
             raise ValueError(
                 f"question {question.id!r}: its prompt has {len(tokens)} tokens, rollout.max_tokens is "
@@ -190,7 +213,7 @@ class Agent:
         A branch waits for its own tools only, and decoding for none but inline ones.
         """
         active: dict[int, Branch] = {}
-        pending: dict[Future, Pending] = {}
+        pending: Pending = {}
 
         def begin(new: Iterable[Branch]) -> None:
             for branch in new:
@@ -204,20 +227,21 @@ class Agent:
                 branch.end_sessions()
                 begin(then.ended(branch) if then is not None else ())
 
+        def take(results: Sequence[tuple[Branch, Result]]) -> None:
+            self._take(results, limits)
+            for branch, _ in results:
+                settle(branch)
+
         begin(branches)
         idle_since = math.inf
         while True:
             if self.interrupted():
                 raise InterruptedRollouts
-            for sequence, output in self.llm.step():
-                branch = active[id(sequence)]
-                self._turn(branch, output, limits, pending)
-                settle(branch)
+            ended = [(active[id(sequence)], output) for sequence, output in self.llm.step()]
+            take([(branch, self._turn(branch, output, limits, pending)) for branch, output in ended])
             # In the order of submission, so that a batch does not depend on which thread was faster.
-            for future in self._finished(pending, wait_for_one=not self.llm.scheduler.has_work):
-                branch, take = pending.pop(future)
-                take(future.result())
-                settle(branch)
+            finished = self._finished(pending, limits, wait_for_one=not self.llm.scheduler.has_work)
+            take([(pending.pop(future)[0], future.result()) for future in finished])
             more = then.poll() if then is not None else None
             begin(more or ())
             if not (self.llm.scheduler.has_work or pending):
@@ -230,32 +254,41 @@ class Agent:
             else:
                 idle_since = math.inf
 
-    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, pending: dict[Future, Pending]) -> None:
+    def _turn(self, branch: Branch, output: CompletionOutput, limits: Limits, pending: Pending) -> Result:
         """Records a turn, and calls its tools or grades its answer: what is quick now, the rest on a worker thread."""
-        calls = self._end_turn(branch, output, limits)
-        if calls and all(call.name is None or self.conversation.inline(call.name) for call in calls):
-            self._observe(branch, self._call_tools(branch, calls), limits)
-        elif calls:
-            observe = partial(self._observe, branch, limits=limits)
-            pending[self._pool.submit(self._call_tools, branch, calls)] = branch, observe
+        if calls := self._end_turn(branch, output, limits):
+            shorten = partial(self.conversation.shorten, max_tokens=limits.max_observation_tokens)
+            made = TurnCalls(branch, calls, self.conversation.tools, shorten)
+            if all(call.name is None or self.conversation.inline(call.name) for call in calls):
+                return made()
+            pending[self._workers.submit(made)] = branch, made
         elif branch.status == "answered":
             text = self.conversation.processor.decode(branch.sequence.token_ids[branch.turn_start :])
             if self.grader.inline(branch.question.rubric):
                 branch.take_grade(self._grade(branch, text))
             else:
                 branch.grading = True
-                pending[self._pool.submit(self._grade, branch, text)] = branch, branch.take_grade
+                pending[self._workers.submit(partial(self._grade, branch, text))] = branch, None
+        return None
 
     def _grade(self, branch: Branch, text: str) -> Grade:
         question = branch.question
         return self.grader.grade(text, question.rubric, question=question.text, thinking=self.conversation.thinks)
 
-    def _finished(self, pending: dict[Future, Pending], *, wait_for_one: bool) -> list[Future]:
-        """What is done, in the order of submission."""
+    def _finished(self, pending: Pending, limits: Limits, *, wait_for_one: bool) -> list[Future[Result]]:
+        """What is done, in the order of submission; calls whose time is up are, too."""
         if not pending:
             return []
+        soonest = math.inf
+        for future, (_, calls) in pending.items():
+            if calls is None:
+                continue
+            if (left := calls.left(limits.tool_timeout_s)) <= 0:
+                self._workers.give_up(future, calls.give_up(limits.tool_timeout_s))
+            soonest = min(soonest, left)
         begun = time.perf_counter()
-        done, _ = wait(pending, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
+        longest = max(0.0, soonest) if wait_for_one else 0.0
+        done, _ = wait(pending, timeout=None if math.isinf(longest) else longest, return_when=FIRST_COMPLETED)
         if wait_for_one:
             self.tool_wait_s += time.perf_counter() - begun
         return [future for future in pending if future in done]
@@ -266,17 +299,8 @@ class Agent:
         if room < 1:
             branch.status = "length"
             return
-        params = SamplingParams(
-            temperature=limits.temperature,
-            top_p=limits.top_p,
-            top_k=limits.top_k,
-            presence_penalty=limits.presence_penalty,
-            max_tokens=room,
-            seed=branch.seed,
-            stop_token_ids=(self.conversation.end_of_turn,),
-            detokenize=False,
-        )
-        self.llm.submit(branch.sequence, params)
+        params = _sampling_params(limits, self.conversation.end_of_turn)
+        self.llm.submit(branch.sequence, params, seed=branch.seed, max_tokens=room)
 
     def _end_turn(self, branch: Branch, output: CompletionOutput, limits: Limits) -> list[ParsedCall]:
         """Records a turn. Returns the calls to run; none when the trajectory has ended."""
@@ -297,36 +321,75 @@ class Agent:
             made.ok, made.error = False, made.error or f"not run: the trajectory ended ({branch.status})"
         return []
 
-    def _call_tools(self, branch: Branch, calls: Sequence[ParsedCall]) -> list[ToolResult]:
-        """Runs a turn's calls one after another, on a worker thread; a crop is visible to the next call."""
-        results = []
-        for call, made in zip(calls, branch.calls[len(branch.calls) - len(calls) :], strict=True):
-            if call.error is None and call.name is not None and call.arguments is not None:
-                begun = time.perf_counter()
-                try:
-                    result = branch.session(self.conversation.tools[call.name]).call(call.arguments, branch.images)
-                except Exception as error:  # a fault of the tool costs this call, not the run
-                    result = ToolResult.failure(f"the tool {call.name} failed: {type(error).__name__}: {error}")
-                made.seconds, made.timed_out = time.perf_counter() - begun, result.timed_out
-            else:
-                result = ToolResult.failure(call.error or "the tool call is malformed")
-            made.ok, made.error = result.ok, result.error
-            branch.images += result.images
-            results.append(result)
-        return results
+    def _take(self, results: Sequence[tuple[Branch, Result]], limits: Limits) -> None:
+        """Shows what tools answered, the images of all in one reading, and notes what answers are worth."""
+        fewer = [_fewer(branch, result, limits) for branch, result in results if isinstance(result, list)]
+        read = iter(self._read([answer for answers in fewer for answer in answers]))
+        for branch, result in results:
+            if isinstance(result, list):
+                self._observe(branch, list(islice(read, len(result))), limits)
+            elif result is not None:
+                branch.take_grade(result)
 
-    def _observe(self, branch: Branch, results: Sequence[ToolResult], limits: Limits) -> None:
+    def _read(self, results: list[ToolResult]) -> list[tuple[ToolResult, list[ImageInput]]]:
+        """Each result with its images for the engine; one with an image that this model does not take has failed."""
+        try:
+            images = iter(self.llm.image_inputs([image for result in results for image in result.images]))
+            return [(result, list(islice(images, len(result.images)))) for result in results]
+        except ValueError as error:
+            if len(results) > 1:
+                return [pair for result in results for pair in self._read([result])]
+            failed = ToolResult.failure(f"its image cannot be shown: {error}")
+            return [(replace(failed, seconds=results[0].seconds), [])]
+
+    def _observe(self, branch: Branch, results: Sequence[tuple[ToolResult, list[ImageInput]]], limits: Limits) -> None:
         """Appends the tool responses and starts the next turn."""
-        images = self.llm.image_inputs([image for result in results for image in result.images])
-        tokens = self.conversation.observation(results, images)
+        for (result, _), made in zip(results, branch.calls[len(branch.calls) - len(results) :], strict=True):
+            made.ok, made.error, made.seconds, made.timed_out = (
+                result.ok,
+                result.error,
+                result.seconds,
+                result.timed_out,
+            )
+            branch.images += result.images
+        shown, images = [result for result, _ in results], [image for _, read in results for image in read]
+        tokens = self.conversation.observation(shown, images)
         if len(branch.sequence) + len(tokens) >= limits.max_tokens:
             branch.status = "length"
             return
-        branch.observations.append(results)
+        branch.observations.append(shown)
         branch.sequence.extend(tokens, images)
         branch.record(OBSERVATION, [None] * len(tokens), [None] * len(tokens))
         branch.turn_start = len(branch.sequence)
         self._submit(branch, limits)
+
+
+def _fewer(branch: Branch, results: Sequence[ToolResult], limits: Limits) -> list[ToolResult]:
+    """The results with as many images as the branch may still be shown, and a note where some are left out."""
+    room = limits.max_images - len(branch.images)
+    out = []
+    for result in results:
+        kept = result.images[: max(0, room)] if limits.max_images else result.images
+        room -= len(kept)
+        if left_out := len(result.images) - len(kept):
+            note = f"({left_out} images left out: a conversation has at most {limits.max_images})"
+            result = replace(result, text=f"{result.text}\n{note}".lstrip(), images=kept)
+        out.append(result)
+    return out
+
+
+@lru_cache(maxsize=16)
+def _sampling_params(limits: Limits, end_of_turn: int) -> SamplingParams:
+    """Of every turn; its seed and the tokens that are left are the branch's."""
+    return SamplingParams(
+        temperature=limits.temperature,
+        top_p=limits.top_p,
+        top_k=limits.top_k,
+        presence_penalty=limits.presence_penalty,
+        max_tokens=None,
+        stop_token_ids=(end_of_turn,),
+        detokenize=False,
+    )
 
 
 def _as_tool_call(call: ParsedCall, branch: Branch) -> ToolCall:

@@ -93,6 +93,9 @@ class Run:
             max_turns=rollout.max_turns,
             max_new_tokens=rollout.max_new_tokens,
             max_tokens=rollout.max_tokens,
+            max_observation_tokens=rollout.max_observation_tokens,
+            max_images=rollout.max_images,
+            tool_timeout_s=rollout.tool_timeout_s,
             temperature=rollout.temperature,
         )
         total = rollout.questions_per_step

@@ -36,9 +36,9 @@ class SftData:
         if config.data.task == "jsonl":
             self._file = Rows(config.data.path)
             self._file.check(config.data.check_rows, conversations=True)
-            self._conversation = Conversation(self.processor, {})
             # Nothing is called here, so that a search without its key can be offered.
-            self._conversation.schemas = [tool_class(name).function() for name in config.sft.tools] or None
+            schemas = [tool_class(name).function() for name in config.sft.tools]
+            self._conversation = Conversation(self.processor, {}, schemas)
         else:
             self._task = get_task(config.data.task)
         if len(self) < 1:

@@ -1,6 +1,7 @@
 """Images to patches as transformers does it, bit for bit, in a fraction of the time."""
 
 import hashlib
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+from kernels.image_patches import can_cut, image_patches, rows_first
 
 ORDERS = 64  # sizes of images whose order of patches is remembered
 
@@ -51,26 +54,55 @@ class ImageProcessor:
         if config.do_normalize:
             mean, std = (np.asarray(list(x), dtype=np.float32)[:, None] for x in (config.image_mean, config.image_std))
             values = (values - mean) / std
-        self._table = np.ascontiguousarray(values).ravel()
+        self._table = torch.from_numpy(np.ascontiguousarray(values).ravel())
         self._orders: dict[tuple[int, int], tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]] = {}
 
-    def __call__(self, rgb: Image.Image) -> ImageInput:
-        """Raises ValueError when one side is more than 200 times the other."""
-        if self._do_resize:
-            height, width = self._smart_resize(
-                rgb.height, rgb.width, self._patch * self._merge, self._min_pixels, self._max_pixels
-            )
-            rgb = rgb.resize((width, height), self._resample)
-        pixels = np.asarray(rgb)
-        height, width = rgb.height // self._patch, rgb.width // self._patch
-        key = hashlib.blake2b(pixels.tobytes() + b"%dx%d" % (height, width), digest_size=16).digest()
-        patches = torch.from_numpy(self._patchify(pixels))
-        return ImageInput(patches, (1, height, width), height * width // self._merge**2, key)
+    def __call__(self, rgb: Seq[Image.Image]) -> list[ImageInput]:
+        """Of decoded RGB images.
+
+        Raises:
+            ValueError: one side of an image is more than 200 times the other.
+        """
+        sizes = [self._size(image) for image in rgb]
+        if can_cut():
+            raw = [self._raw(image, size) for image, size in zip(rgb, sizes, strict=True)]
+            cut = image_patches(raw, sizes, self._table.view(3, 256), self._patch, self._merge, self._frames)
+        else:
+            cut = [self._plain(image, size) for image, size in zip(rgb, sizes, strict=True)]
+        return [self._input(*one) for one in cut]
+
+    def _size(self, rgb: Image.Image) -> tuple[int, int]:
+        """(height, width) in pixels of what patches are cut from."""
+        if not self._do_resize:
+            return rgb.height, rgb.width
+        block = self._patch * self._merge
+        return self._smart_resize(rgb.height, rgb.width, block, self._min_pixels, self._max_pixels)
+
+    def _resized(self, rgb: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return rgb.resize((size[1], size[0]), self._resample) if size != (rgb.height, rgb.width) else rgb
+
+    def _raw(self, rgb: Image.Image, size: tuple[int, int]) -> Tensor:
+        """[H, W, 4] uint8, as Pillow holds pixels: what `image_patches` takes, resized where it cannot do that."""
+        if self._resample != Image.Resampling.BICUBIC or not rows_first((rgb.height, rgb.width), size):
+            rgb = self._resized(rgb, size)
+        data = bytearray(rgb.tobytes("raw", "RGBX"))
+        return torch.frombuffer(data, dtype=torch.uint8).view(rgb.height, rgb.width, 4)
+
+    def _plain(self, rgb: Image.Image, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What `image_patches` gives, by Pillow and numpy."""
+        pixels = np.array(self._resized(rgb, size))
+        return torch.from_numpy(self._patchify(pixels)), torch.from_numpy(pixels)
+
+    def _input(self, patches: Tensor, pixels: Tensor) -> ImageInput:
+        height, width = pixels.shape[0] // self._patch, pixels.shape[1] // self._patch
+        digest = hashlib.blake2b(pixels.numpy().data, digest_size=16)
+        digest.update(b"%dx%d" % (height, width))
+        return ImageInput(patches, (1, height, width), height * width // self._merge**2, digest.digest())
 
     def _patchify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """[H, W, 3] -> [patches, 3 * frames * patch²], patches in merge x merge blocks, the image as every frame."""
         order, row = self._order(*pixels.shape[:2])
-        values = self._table[pixels.ravel()[order] + row]
+        values = self._table.numpy()[pixels.ravel()[order] + row]
         out = np.empty((len(values), 3, self._frames, self._patch**2), dtype=np.float32)
         out[:] = values.reshape(len(values), 3, 1, -1)
         return out.reshape(len(values), -1)
@@ -78,7 +110,8 @@ class ImageProcessor:
     def _order(self, height: int, width: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]:
         """Of an image of this size: which of its [H, W, 3] bytes each value of a frame's patches comes from, [patches,
         3 * patch²], and where that channel's values begin in the table, [3 * patch²]."""
-        if (height, width) not in self._orders:
+        known = self._orders.get((height, width))
+        if known is None:
             patch, merge = self._patch, self._merge
             index = np.arange(height * width * 3).reshape(height, width, 3).transpose(2, 0, 1)
             rows, columns = height // (patch * merge), width // (patch * merge)
@@ -86,5 +119,5 @@ class ImageProcessor:
             if len(self._orders) >= ORDERS:
                 self._orders.clear()
             row = np.repeat(np.arange(3, dtype=np.int16) * 256, patch**2)
-            self._orders[height, width] = blocks.reshape(rows * columns * merge**2, -1), row
-        return self._orders[height, width]
+            known = self._orders[height, width] = blocks.reshape(rows * columns * merge**2, -1), row
+        return known

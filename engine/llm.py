@@ -4,35 +4,31 @@ import itertools
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from engine.attention import Target, choose_backend
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
 from engine.graphs import Launched
-from engine.images import ImageInput
+from engine.inputs import Inputs
 from engine.lifecycle import Lifecycle
 from engine.logits import make_shaper
 from engine.memory import KVCache, check_kv_size, kv_size
 from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.processor import Processor
-from engine.prompts import Prompt, eos_token_ids, open_image, parse_prompt
+from engine.prompts import Prompt, eos_token_ids, parse_prompt
 from engine.resident import LoadFormat, ResidentWeights
 from engine.runner import Runner
-from engine.sampling_params import SamplingParams, derive_seed
+from engine.sampling_params import SamplingParams, derive_seed, one_each
 from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
 from engine.stopping import met_stop_string, text_of
 
 
-class LLM(Lifecycle):
+class LLM(Inputs, Lifecycle):
     """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
 
     Args:
@@ -97,10 +93,6 @@ class LLM(Lifecycle):
         self._ordinals = itertools.count()
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
 
-    @cached_property
-    def processor(self) -> Processor:
-        return Processor(self.path, self.config)
-
     # -- sequences ---------------------------------------------------------------------
 
     def open(self, prompt: Prompt) -> Sequence:
@@ -123,14 +115,35 @@ class LLM(Lifecycle):
             for sequence in sequences:
                 sequence.check_open()
                 if sequence.num_computed < len(sequence):
-                    self._submit(sequence, SamplingParams(max_tokens=None), limit=len(sequence))
+                    self.submit(sequence, SamplingParams(), max_tokens=0)
             self._drain()
 
-    def submit(self, sequence: Sequence, params: SamplingParams, index: int = 0) -> None:
-        """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools."""
-        room = self.config.text.max_position_embeddings
-        limit = room if params.max_tokens is None else min(len(sequence) + params.max_tokens, room)
-        self._submit(sequence, params, limit, index)
+    def submit(
+        self,
+        sequence: Sequence,
+        params: SamplingParams,
+        index: int = 0,
+        *,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools.
+
+        `seed` and `max_tokens` come before those of `params`, which many runs can share; no token: it only prefills.
+        """
+        sequence.check_open()
+        if sequence.running:
+            raise RuntimeError("the sequence is running already")
+        self.weights.check()
+        self.kv.check()
+        if (seed := params.seed if seed is None else seed) is None:
+            seed = derive_seed(self._seed, next(self._requests))
+        room, more = self.config.text.max_position_embeddings, params.max_tokens if max_tokens is None else max_tokens
+        limit = room if more is None else min(len(sequence) + more, room)
+        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
+        shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
+        self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
 
     def step(self) -> list[tuple[Sequence, CompletionOutput]]:
         """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
@@ -224,7 +237,7 @@ class LLM(Lifecycle):
             RuntimeError: a sequence is closed, the engine is asleep, or other runs are in flight.
             OutOfBlocks: one sequence alone does not fit the KV cache.
         """
-        params = self._params(sampling_params, len(sequences))
+        params = one_each(sampling_params, len(sequences))
         if len({id(sequence) for sequence in sequences}) < len(sequences):
             raise ValueError("the same sequence is given twice; fork it to continue it twice")
         with self._only(sequences):
@@ -241,7 +254,7 @@ class LLM(Lifecycle):
         Leaving the loop early aborts what still runs; the tokens so far stay. Inside the loop sequences may be forked,
         closed and aborted. Raises what `run` raises, when the loop begins.
         """
-        params = self._params(sampling_params, len(sequences))
+        params = one_each(sampling_params, len(sequences))
         with self._only(sequences):
             for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
                 self.submit(sequence, p, index)
@@ -279,7 +292,7 @@ class LLM(Lifecycle):
         """`n` continuations of every prompt, in order. A prompt is prefilled once and its continuations are forks."""
         if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
-        params = self._params(sampling_params, len(prompts))
+        params = one_each(sampling_params, len(prompts))
         roots: list[Sequence] = []
         branches: list[Sequence] = []
         try:
@@ -290,8 +303,7 @@ class LLM(Lifecycle):
                 base = derive_seed(self._seed, next(self._requests)) if p.seed is None else p.seed
                 for index, branch in enumerate(root.fork(p.n)):
                     branches.append(branch)
-                    seed = base if p.n == 1 else derive_seed(base, index)
-                    self.submit(branch, replace(p, seed=seed), index)
+                    self.submit(branch, p, index, seed=base if p.n == 1 else derive_seed(base, index))
                 if p.n == 1:
                     root.drop_kv()
             outputs = {id(sequence): output for sequence, output in self._drain(use_tqdm, len(branches))}
@@ -333,40 +345,6 @@ class LLM(Lifecycle):
     def next_ordinal(self) -> int:
         return next(self._ordinals)
 
-    def image_inputs(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
-        return [image if isinstance(image, ImageInput) else self.processor.image(open_image(image)) for image in images]
-
-    def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
-        """Every image has its tokens afterwards. Raises ValueError: not as many as the images, or an unknown id."""
-        tokens = list(token_ids)
-        if images or self.config.image_token_id in tokens:
-            tokens = self.processor.expand(tokens, images)
-        bad = next((token for token in tokens if not 0 <= token < self.config.text.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.text.vocab_size}")
-        return tokens
-
-    def check_length(self, length: int, images: Seq[ImageInput] = ()) -> None:
-        limit = self.config.text.max_position_embeddings
-        if length > limit:
-            of_images = sum(image.num_tokens for image in images)
-            raise ValueError(
-                f"{length} tokens{f', {of_images} of them of images,' if of_images else ''} are more than the model's "
-                f"context of {limit}; shorten the prompt or observation{' or take smaller images' if of_images else ''}"
-            )
-
-    def _submit(self, sequence: Sequence, params: SamplingParams, limit: int, index: int = 0) -> None:
-        sequence.check_open()
-        if sequence.running:
-            raise RuntimeError("the sequence is running already")
-        self.weights.check()
-        self.kv.check()
-        seed = derive_seed(self._seed, next(self._requests)) if params.seed is None else params.seed
-        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
-        shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
-        self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
-
     def _drain(self, progress: bool = False, total: int = 0) -> list[tuple[Sequence, CompletionOutput]]:
         from tqdm.auto import tqdm  # here, so that importing the engine stays quick
 
@@ -391,10 +369,3 @@ class LLM(Lifecycle):
             list(request.processed_logprobs) if params.processed_logprobs else None,
             list(request.top_logprobs) if params.logprobs else None,
         )
-
-    def _params(self, given: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None or isinstance(given, SamplingParams):
-            return [given or SamplingParams()] * count
-        if len(given) != count:
-            raise ValueError(f"{len(given)} sampling params for {count} prompts; give one for all or one for each")
-        return list(given)

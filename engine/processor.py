@@ -1,6 +1,7 @@
 """Text and images to tokens and patches, with the checkpoint's own tokenizer, template and image processor."""
 
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from engine.images import ImageInput, ImageProcessor
 from engine.models.config import ModelConfig
 from engine.positions import ImageSpan, place_image, positions
+from engine.prompts import open_image
 
 
 class Processor:
@@ -24,7 +26,6 @@ class Processor:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self.image_token_id = config.image_token_id
-        self._image_processor: ImageProcessor | None = None
         # The Rust tokenizer itself: what transformers wraps around it costs ten times as much as short texts do.
         self._rust = self.tokenizer.backend_tokenizer
         self._rust.no_padding()
@@ -35,21 +36,26 @@ class Processor:
         return cls(path, ModelConfig.from_pretrained(path))
 
     def image(self, image: Image.Image) -> ImageInput:
-        """Resizes, normalises and cuts an image into patches exactly as transformers does.
+        """`images` of one."""
+        return self.images([image])[0]
+
+    def images(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
+        """Resizes, normalises and cuts images into patches exactly as transformers does; many at once are quicker.
+
+        A path is read, and what is an ImageInput already stays.
 
         Raises:
-            ValueError: the file cannot be decoded, or the image has an impossible size.
+            ValueError: a file cannot be decoded, or an image has an impossible size.
         """
-        if self.config.vision is None:
+        raw = [_rgb(open_image(image)) for image in images if not isinstance(image, ImageInput)]
+        if raw and self.config.vision is None:
             raise ValueError(f"{self.path}: a text-only checkpoint takes no images")
-        try:
-            rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = getattr(image, "filename", "") or "image"
-            raise ValueError(f"{name}: cannot be decoded ({error})") from error
-        if self._image_processor is None:
-            self._image_processor = ImageProcessor(self.path)
-        return self._image_processor(rgb)
+        made = iter(self._image_processor(raw) if raw else ())
+        return [image if isinstance(image, ImageInput) else next(made) for image in images]
+
+    @cached_property
+    def _image_processor(self) -> ImageProcessor:
+        return ImageProcessor(self.path)
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
         """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
@@ -65,15 +71,20 @@ class Processor:
         Raises:
             ValueError: the number of placeholders fits neither.
         """
-        pads = sum(token == self.image_token_id for token in token_ids) if self.image_token_id is not None else 0
+        pad = self.image_token_id
+        pads = 0 if pad is None else token_ids.count(pad)
         if pads == sum(image.num_tokens for image in images):
             return list(token_ids)
-        if pads != len(images):
+        if pad is None or pads != len(images):
             raise ValueError(f"the prompt has {pads} image placeholders for {len(images)} images; write one an image")
         out: list[int] = []
-        rest = iter(images)
-        for token in token_ids:
-            out.extend([token] * next(rest).num_tokens if token == self.image_token_id else [token])
+        start = 0
+        for image in images:
+            stop = token_ids.index(pad, start)
+            out.extend(token_ids[start:stop])
+            out.extend([pad] * image.num_tokens)
+            start = stop + 1
+        out.extend(token_ids[start:])
         return out
 
     def spans(
@@ -89,7 +100,7 @@ class Processor:
         for number, image in enumerate(images):
             index = token_ids.index(self.image_token_id, index)
             stop = index + image.num_tokens
-            if any(token != self.image_token_id for token in token_ids[index:stop]):
+            if token_ids[index:stop].count(self.image_token_id) != image.num_tokens:
                 raise ValueError(f"the {image.num_tokens} tokens of image {number} do not stand side by side")
             out.append(place_image(out, offset + index, image.grid_thw, self.config.merge))
             index = stop
@@ -105,3 +116,12 @@ class Processor:
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = getattr(image, "filename", "") or "image"
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error

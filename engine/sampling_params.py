@@ -89,3 +89,12 @@ def derive_seed(*path: int | str) -> int:
     """A 63-bit seed from the path of a branch, such as (run seed, step, question, rollout, resample)."""
     digest = hashlib.blake2b(repr(path).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def one_each(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Of `count` prompts or sequences: one for all (None: the default) or a list of as many, else ValueError."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    if len(given) != count:
+        raise ValueError(f"{len(given)} sampling params for {count} prompts; give one for all or one for each")
+    return list(given)

@@ -211,7 +211,7 @@ class Scheduler:
             if request not in self.running:
                 continue  # preempted for one before it
             self.seal(request.sequence, request.sequence.num_computed // self.pool.block_size - 1)
-            if self._reserve(request, 1, set()):
+            if self._reserve(request, 1, []):
                 batch.reserved(row if self.preemptions == preempted else batch.requests.index(request))
             elif len(self.running) > 1 or self.waiting:
                 self._preempt(request)
@@ -221,7 +221,7 @@ class Scheduler:
 
     def _add_chunk(self, request: Request, budget: int, chunks: list[Chunk]) -> int:
         sequence, count = request.sequence, min(request.pending, budget)
-        if not self._reserve(request, count, {chunk.request for chunk in chunks}):
+        if not self._reserve(request, count, chunks):
             if not chunks and not len(self.decoding):
                 self.remove({request})
                 raise self._too_long(request)
@@ -236,8 +236,11 @@ class Scheduler:
             chunks.append(Chunk(request, start, start + count))
         return max(count, 1)
 
-    def _reserve(self, request: Request, count: int, scheduled: set[Request]) -> bool:
-        """Blocks of its own for the sequence's next `count` tokens, at others' expense if need be."""
+    def _reserve(self, request: Request, count: int, chunks: list[Chunk]) -> bool:
+        """Blocks of its own for the sequence's next `count` tokens, at others' expense if need be.
+
+        `chunks`: those of the step so far; who has one keeps its KV.
+        """
         sequence = request.sequence
         while count:
             try:
@@ -248,14 +251,14 @@ class Scheduler:
                     sequence.block_table.append(self.pool.allocate())
                 return True
             except OutOfBlocks:
-                if not self._make_room(request, scheduled):
+                if not self._make_room(request, chunks):
                     return False
         return True
 
     def _missing_blocks(self, sequence: Sequence, count: int) -> int:
         return -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.block_table)
 
-    def _make_room(self, request: Request, scheduled: set[Request]) -> bool:
+    def _make_room(self, request: Request, chunks: list[Chunk]) -> bool:
         """Drops the KV of somebody who has no chunk in this step. False when nobody is left."""
         self._flush()  # a block about to be freed may be the source of a copy
         for idle in (self.idle, self.idle_parents):
@@ -266,6 +269,7 @@ class Scheduler:
             if waiting.sequence.block_table:
                 waiting.sequence.release_blocks()
                 return True
+        scheduled = {chunk.request for chunk in chunks}
         victims = [r for r in reversed(self.running) if r is not request and r not in scheduled]
         if not victims:
             return False

@@ -83,6 +83,20 @@ class Rollout(Section):
     max_tokens: Count = Field(
         default=16384, description="context limit: prompt, images, sampled tokens and observations"
     )
+    max_observation_tokens: CountOrOff = Field(
+        default=4096, description="tokens of a tool response's text, which is cut there with a note; 0: no limit"
+    )
+    max_images: CountOrOff = Field(
+        default=32,
+        description="images of a trajectory, the question's and the tools'; further ones are left out with "
+        "a note; 0: no limit",
+    )
+    tool_timeout_s: float = Field(
+        default=300.0,
+        gt=0.0,
+        le=86400.0,
+        description="seconds that a turn's tool calls may take; then they have failed",
+    )
     temperature: float = Field(
         default=1.0, gt=0.0, le=10.0, description="sampling temperature; training scores at the same"
     )

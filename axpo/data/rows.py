@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,14 @@ def check_pictures(row: Row) -> list[str]:
 def text_field(record: dict[str, Any], name: str, problems: list[str]) -> str:
     """A field as text (a number is taken as it is written); a missing, empty or other value adds a problem."""
     value = record.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):  # NaN: pandas' nothing
         value = str(value)
     if name not in record:
         problems.append(f"{name}: missing")
     elif not isinstance(value, str) or not value.strip():
         problems.append(f"{name} = {_short(value)}: must be text that is not empty")
+    elif not _is_unicode(value):
+        problems.append(f"{name} = {_short(value)}: has half of a surrogate pair, which is no text")
     return value if isinstance(value, str) else ""
 
 
@@ -141,6 +144,8 @@ def _message(given: dict[str, Any], name: str, left: Any, ordered: list[Picture]
     if isinstance(content, str):
         if not content.strip() and not message.get("tool_calls"):
             problems.append(f"{name}.content = {_short(content)}: must be text that is not empty, or a list of parts")
+        elif not _is_unicode(content):
+            problems.append(f"{name}.content = {_short(content)}: has half of a surrogate pair, which is no text")
         return {**message, "content": content}
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         problems.append(f"{name}.content = {_short(content)}: must be text, or a list of parts")
@@ -148,7 +153,7 @@ def _message(given: dict[str, Any], name: str, left: Any, ordered: list[Picture]
     parts = []
     for index, part in enumerate(content):
         kind, where = part.get("type"), f"{name}.content[{index}]"
-        if kind == "text" and isinstance(part.get("text"), str):
+        if kind == "text" and isinstance(part.get("text"), str) and _is_unicode(part["text"]):
             parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
             parts.append({"type": "image"})
@@ -243,13 +248,22 @@ def _rubric(record: dict[str, Any], problems: list[str]) -> Rubric | None:
         return None
 
 
+def _is_unicode(text: str) -> bool:
+    """JSON may write what no tokenizer can read: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _json(value: Any) -> Any:
     """Parquet columns hold nested objects of any shape as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

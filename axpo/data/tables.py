@@ -91,6 +91,8 @@ class JsonLines:
             return json.loads(line)
         except ValueError as error:  # of JSON or of UTF-8
             raise TableError(f"not valid JSON: {error}") from None
+        except RecursionError:
+            raise TableError("not valid JSON: it is nested too deeply") from None
 
     def place(self, index: int) -> str:
         return f"{self.path}:{self._numbers[index]}"

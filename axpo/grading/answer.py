@@ -1,8 +1,13 @@
 """The final answer of a text, and the form in which two answers are compared."""
 
 import re
+from functools import lru_cache
 
 _BOX = r"\boxed{"
+_END = re.compile(r"<think>|<\|im_end\|>")
+_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
+_NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?", re.ASCII)
 
 
 def final_answer(text: str, *, thinking: bool = True) -> str | None:
@@ -16,7 +21,7 @@ def final_answer(text: str, *, thinking: bool = True) -> str | None:
     if thinking and not closed:
         return None
     # What follows the turn that closed its thinking is not its answer: an observation, or thinking never closed.
-    visible = re.split(r"<think>|<\|im_end\|>", visible, maxsplit=1)[0]
+    visible = _END.split(visible, maxsplit=1)[0]
     before, closed, _ = visible.rpartition("</answer>")
     if not closed or "<answer>" not in before:
         return None
@@ -26,13 +31,14 @@ def final_answer(text: str, *, thinking: bool = True) -> str | None:
     return _braced(content.partition(_BOX)[2])
 
 
+@lru_cache(maxsize=4096)  # most rollouts of a question give one of a few answers
 def normalise(answer: str) -> str:
     r"""Case, spaces, `$`, `\text{…}`, a final full stop and the way a number is written do not matter."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", answer.replace("$", ""))
+    text = _TEXT.sub(r"\1", answer.replace("$", ""))
     text = " ".join(text.split()).casefold().removesuffix(".").strip()
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text, re.ASCII):
+    if _GROUPED.fullmatch(text):
         text = text.replace(",", "")
-    number = re.fullmatch(r"([+-]?)(\d*)(?:\.(\d*))?", text, re.ASCII)
+    number = _NUMBER.fullmatch(text)
     if number is None or not (number[2] or number[3]):
         return text
     whole, fraction = number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")

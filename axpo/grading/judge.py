@@ -12,6 +12,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from axpo.paths import cache_directory
 
+MAX_WAIT_S = 10.0  # between attempts
 _LONGEST = 2000  # characters of an answer that the judge reads
 _SYSTEM = (
     "You compare an answer with the reference answers to a question. Reply with one word: CORRECT if the answer means "
@@ -63,7 +64,7 @@ class Judge:
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
             stop=stop_after_attempt(3),
-            wait=wait_random_exponential(multiplier=0.2, max=10),
+            wait=wait_random_exponential(multiplier=0.2, max=MAX_WAIT_S),
             reraise=True,
         )
         verdict = retrying(self._ask, content)
@@ -91,7 +92,7 @@ class Judge:
             raise JudgeError(f"the judge's service refuses the call ({response.status_code})")
         try:
             said = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise _Again("the judge's answer has an unknown form") from error
         words = set(re.findall(r"\b(?:IN)?CORRECT\b", str(said).upper()))
         if len(words) != 1:

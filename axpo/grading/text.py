@@ -11,6 +11,7 @@ from axpo.grading.answer import normalise
 
 _LONGEST = 1000  # characters; a longer answer is none
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[.:)]\s*|\s+|$)(.*)", re.DOTALL)
+FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -22,9 +23,7 @@ def choice(given: str, answers: Iterable[str], options: tuple[str, ...] = ()) ->
     """1.0 for the letter alone ("B", "(B)", "B."), the letter with its own option's text, or that text alone."""
     letters = {answer.strip().strip("().").upper() for answer in answers}
     right = {normalise(options[ord(letter) - ord("A")]) for letter in letters} if options else set()
-    text = given.strip().replace("$", "")
-    inner = re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf)\{(.*)\}", text, re.DOTALL)
-    text = inner[1].strip() if inner else text
+    text = FONT.sub(r"\1", given.replace("$", "")).strip()
     if normalise(text) in right:
         return 1.0
     match = _CHOICE.fullmatch(text)

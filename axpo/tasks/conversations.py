@@ -34,7 +34,7 @@ def conversation_row(row: Row, conversation: "Conversation") -> teacher.Row:
             results = []
         else:
             said = _text(message).removeprefix("<think>\n") if conversation.thinks else _text(message)
-            new, trained = [*processor.encode_text(said), conversation.end_of_turn], 1
+            new, trained = conversation.turn(said), 1
         tokens += new
         mask += [trained] * len(new)
     return teacher.Row(tokens, mask, images, [])

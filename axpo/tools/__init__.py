@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ToolResult:
     """What a call gave: `text` and `images` are shown to the model; `error` is None exactly when `ok`.
 
-    timed_out: it failed because its time was up.
+    timed_out: it failed because its time was up. seconds: how long it took, None of a call that reached no tool.
     """
 
     ok: bool
@@ -30,6 +30,7 @@ class ToolResult:
     images: list[Image.Image] = field(default_factory=list)
     error: str | None = None
     timed_out: bool = False
+    seconds: float | None = None
 
     @classmethod
     def failure(cls, error: str, *, timed_out: bool = False) -> "ToolResult":

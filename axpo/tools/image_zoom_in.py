@@ -50,14 +50,16 @@ class ImageZoomIn(Tool):
     def run(self, arguments: Mapping[str, Any], images: list[Image.Image]) -> ToolResult:
         index = int(arguments.get("img_idx", 0))
         if index >= len(images):
-            return ToolResult.failure(f"img_idx is {index}, but the images are 0 to {len(images) - 1}")
+            there_is = f"the images are 0 to {len(images) - 1}" if images else "there is no image"
+            return ToolResult.failure(f"img_idx is {index}, but {there_is}")
         image = images[index]
         try:
             check_image(image, f"image {index}")
             box = pixel_box(arguments["bbox_2d"], image.size, self.min_side)
         except ValueError as error:
             return ToolResult.failure(str(error))
-        return ToolResult(ok=True, images=[image.crop(box).convert("RGB")])
+        crop = image.crop(box)
+        return ToolResult(ok=True, images=[crop if crop.mode == "RGB" else crop.convert("RGB")])
 
 
 def pixel_box(bbox: list[float], size: tuple[int, int], min_side: int) -> tuple[int, int, int, int]:

@@ -93,8 +93,8 @@ def _unclosed(start: int, end: int) -> ParsedCall:
 
 def _parse(text: str, start: int, end: int, known: Collection[str] | None) -> ParsedCall:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON that no file can hold
+        value = _DECODER.decode(text)
+        _ENCODER.encode(value).encode()  # "\ud800" is valid JSON that no file can hold
     except (ValueError, RecursionError) as error:
         reason = str(error)
         if isinstance(error, RecursionError):
@@ -127,6 +127,10 @@ def _finite(literal: str) -> float:
     if math.isinf(value):  # 1e999 would be written as Infinity, which is not JSON
         raise ValueError(f"{literal[:40]} is too large")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def _kind(value: Any) -> str:

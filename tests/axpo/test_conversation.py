@@ -106,7 +106,7 @@ def test_tags_that_a_tool_quotes_stay_letters(conversation: Conversation, text: 
     markup |= {processor.encode(tag)[0] for tag in ("<think>", "</think>", "<tool_call>", "<tool_response>")}
     markup.add(processor.encode("</tool_response>")[0])
     assert [t for t in tokens if t in markup] == [t for t in plain if t in markup]
-    assert processor.decode(tokens).replace("< ", "<") == processor.decode(plain).replace("Error: a", f"Error: a{text}")
+    assert processor.decode(tokens) == processor.decode(plain).replace("Error: a", f"Error: a{text}")
 
 
 def test_a_call_that_names_tags_in_letters_fails_as_an_observation(conversation: Conversation) -> None:
@@ -162,4 +162,4 @@ def test_tags_that_a_question_quotes_stay_letters(conversation: Conversation) ->
     for tag in ("<|image_pad|>", "<tool_call>", "<|im_end|>"):
         token = processor.tokenizer.convert_tokens_to_ids(tag)
         assert tokens.count(token) == plain.count(token), tag
-    assert "< |image_pad|>" in processor.decode(tokens)
+    assert "What does <|image_pad|> mean, and <tool_call> or <|im_end|>?" in processor.decode(tokens)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import random
 import subprocess
 import sys
@@ -117,6 +118,17 @@ def test_messages_take_their_images_in_order(tmp_path: Path):
         ({"question": "x", "answer": ["a", ""]}, "answer = '': must be text that is not empty"),
         ({"question": "x", "answer": "F", "grader": "choice", "options": ["x", "y"]}, "answer = 'F': grader 'choice'"),
         ({"question": "x", "grader": "guess"}, "grader = 'guess': there is exact"),
+        ({"question": "x", "answer": math.nan}, "answer = nan: must be text that is not empty"),
+        ({"question": "\ud800"}, "question = '\\ud800': has half of a surrogate pair"),
+        (
+            {"messages": [{"role": "user", "content": "\udfff"}]},
+            "messages[0].content = '\\udfff': has half of a surrogate",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]},
+            "messages[0].content[0]: must",
+        ),
+        ({"messages": "[" * 100_000}, "messages = '[[[["),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path: Path, wrong: dict[str, Any], message: str):

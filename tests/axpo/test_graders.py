@@ -26,7 +26,24 @@ def reward(given: str, *answers: str, kind: Any, **more: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "given", ["B", "b", "(B)", "B.", "B)", " B ", r"\text{B}", "$B$", "B: a dog", "(B) a dog", "a dog", "A DOG."]
+    "given",
+    [
+        "B",
+        "b",
+        "(B)",
+        "B.",
+        "B)",
+        " B ",
+        r"\text{B}",
+        "$B$",
+        "B: a dog",
+        "(B) a dog",
+        "a dog",
+        "A DOG.",
+        r"\textbf{B}.",
+        r"\text{B) }a dog",
+        r"\mathrm{(B)}",
+    ],
 )
 def test_a_choice_that_is_right(given: str) -> None:
     assert reward(given, "B", kind="choice", options=ANIMALS) == 1.0
@@ -35,7 +52,8 @@ def test_a_choice_that_is_right(given: str) -> None:
 @pytest.mark.parametrize(
     "given",
     ["A", "AB", "A, B", "A or B", "B or C", "B and C", "not B", "A B C D", "B: a cat", "a cat", "Bee", "", "BB", "[A-D]",
-     "a cat a dog an owl a fox", "B a fox", LONG, "B" * 1000, "((((((((((B"],
+     "a cat a dog an owl a fox", "B a fox", LONG, "B" * 1000, "((((((((((B", "A) B) C) D)", "A. B. C. D.",
+     "(A)(B)(C)(D)", "B B", "Ｂ", "【B】", "the answer is B or C", r"\text{B}\text{C}", r"\boxed{B}", "B; C", "B, because"],
 )  # fmt: skip
 def test_a_choice_that_is_wrong(given: str) -> None:
     assert reward(given, "B", kind="choice", options=ANIMALS) == 0.0
@@ -51,6 +69,8 @@ NUMBERS = [
     ("\\frac{1}{2}", "0.5"), ("1/2", "0.5"), ("-0.5", "-1/2"), ("50%", "0.5"), ("50\\%", "50%"), ("$20", "$20"), ("20", "$20"),
     ("3 cm", "3 cm"), ("30 mm", "3 cm"), ("0.03 m", "3 cm"), ("3", "3 cm"), ("3.2\\text{ km/h}", "3.2 km/h"),
     ("90^\\circ", "90°"), ("2 m^2", "20000 cm^2"), ("\u22125", "-5"),
+    ("1 200", "1200"), ("10\\,000", "10000"), ("\\tfrac{3}{4}", "0.75"), ("\\$20", "$20"), ("$20", "20"), ("$20$", "20"), ("$\\$20$", "$20"), ("-$20", "-20"),
+    ("-0", "0"), ("0/5", "0"), (".5", "0.5"), ("5.", "5"), ("100\\%", "1"), ("68 km/h", "68 km/h"), ("7 days", "168 hours"),
 ]  # fmt: skip
 
 
@@ -64,7 +84,8 @@ def test_a_number_that_is_right(given: str, answer: str) -> None:
     [("43", "42"), ("-42", "42"), ("42 or 43", "42"), ("41 42", "42"), ("41,42", "42"), ("40-44", "42"), ("42, 43", "42"),
      ("3 kg", "3 cm"), ("3 m", "3 cm"), ("3 cm", "3"), ("9**9**9", "42"), ("1e999", "42"), ("1/0", "42"), ("nan", "42"),
      ("inf", "42"), ("__import__('os')", "42"), ("", "42"), ("4" * 99, "42"), (LONG, "42"), ("42 m**999999999", "42 m"),
-     ("\u0664\u0662", "42")],
+     ("\u0664\u0662", "42"), ("4 2", "42"), ("4\\,2", "42"), ("4 . 2", "4.2"), ("3 4/5", "34/5"), ("$20", "€20"), ("€20", "20"), ("12,34,567", "1234567"),
+     ("1,23", "123"), ("--5", "5"), ("½", "0.5"), ("²", "2"), ("1_000", "1000"), ("0x10", "16"), ("x=3", "3"), ("[1,2]", "1"), ("68°F", "20 °C"), ("45", "45%")],
 )  # fmt: skip
 def test_a_number_that_is_wrong(given: str, answer: str) -> None:
     assert reward(given, answer, kind="number") == 0.0
@@ -120,7 +141,11 @@ def maths() -> Iterator[MathWorkers]:
     [("\\frac{1}{2}", "0.5", 1.0), ("2\\sqrt{3}", "\\sqrt{12}", 1.0), ("x^2+2x+1", "(x+1)^2", 1.0), ("\\{1,2\\}", "\\{2,1\\}", 1.0),
      ("(1, 2)", "(1,2)", 1.0), ("B", "B", 1.0), ("12:30", "12:30", 1.0), ("\\frac{1}{3}", "0.5", 0.0), ("x+1", "x+2", 0.0),
      ("12:45", "12:30", 0.0), ("C", "B", 0.0), ("\\{1,2,3,4,5\\}", "5", 0.0), ("42 or 43", "42", 0.0), ("5, 6", "5", 0.0),
-     ("\\text{all of the above}", "5", 0.0), ("\\frac{", "5", 0.0), ("", "5", 0.0)],
+     ("\\text{all of the above}", "5", 0.0),
+     ("7\\\\8", "7", 0.0), ("8 & 7", "7", 0.0), ("7\\]\\[8", "7", 0.0), ("7=8=9", "7", 0.0), ("\\{7\\} \\cup \\{8\\}", "7", 0.0), ("7 \\lor 8", "7", 0.0),
+     ("(1,2]", "[1,2]", 0.0), ("[1,2]", "[1,2]", 1.0), ("(2,1)", "(1,2)", 0.0), ("-0", "0", 1.0), ("3\\text{ or }4", "3", 0.0), ("\\pm 3", "3", 0.0),
+     ("-\\infty", "\\infty", 0.0), ("x>3", "x<3", 0.0), ("3>x", "x<3", 1.0), ("\u0664", "4", 0.0), ("\\input{/etc/passwd}", "7", 0.0),
+     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", 1.0), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}", 0.0), ("\\frac{", "5", 0.0), ("", "5", 0.0)],
 )  # fmt: skip
 def test_mathematical_equality(maths: MathWorkers, given: str, answer: str, equal: float) -> None:
     assert maths.equal(given, [answer], timeout=60)[0] == equal

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from axpo.branch import Branch, Limits
+from axpo.calls import TurnCalls
 from axpo.conversation import Conversation
 from axpo.grading import Rubric
 from axpo.paths import model_directory
 from axpo.resample import find_candidates
 from axpo.rollout import Agent
 from axpo.tasks import get_task
-from axpo.tools import get_tools
+from axpo.tools import ToolResult, get_tools
+from axpo.tools.parse import ParsedCall
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED
 from engine import LLM, CompletionOutput
 
@@ -41,11 +43,15 @@ def says(agent: Agent, branch: Branch, text: str) -> CompletionOutput:
 
 
 def fresh(agent: Agent, question) -> Branch:
-    sequence = agent._open(question, LIMITS)
+    sequence = agent._open(question, agent.llm.image_inputs(question.images), LIMITS)
     n = len(sequence)
     return Branch(
         "b", 0, question, sequence, 0, list(question.images), n, [PROMPT] * n, [None] * n, [None] * n, turn_start=n
     )
+
+
+def made(agent: Agent, branch: Branch, calls: list[ParsedCall]) -> list[ToolResult]:
+    return TurnCalls(branch, calls, agent.conversation.tools, lambda text: text)()
 
 
 CALL = "I look.\n</think>\n\n<tool_call>\n{}\n</tool_call>"
@@ -71,11 +77,11 @@ def test_a_bad_call_is_answered_counted_and_survived(agent: Agent, questions: li
     branch = fresh(agent, questions[0][1])
     calls = agent._end_turn(branch, says(agent, branch, CALL.format(call)), LIMITS)
     assert len(calls) == 1 and branch.status is None
-    results = agent._call_tools(branch, calls)
+    results = made(agent, branch, calls)
     assert not results[0].ok and told in results[0].text
-    assert not branch.calls[0].ok and told in (branch.calls[0].error or "")
     before = len(branch.sequence)
-    agent._observe(branch, results, LIMITS)
+    agent._take([(branch, results)], LIMITS)
+    assert not branch.calls[0].ok and told in (branch.calls[0].error or "")
     observation = agent.conversation.processor.decode(branch.sequence.token_ids[before:])
     assert told in observation and observation.startswith("\n<|im_start|>user\n<tool_response>\n")
     assert branch.roles[before:] == [OBSERVATION] * (len(branch.sequence) - before)
@@ -86,7 +92,7 @@ def test_a_call_in_the_thinking_is_none(agent: Agent, questions: list) -> None:
     branch = fresh(agent, questions[0][1])
     text = "Perhaps <tool_call>\n{}\n</tool_call>\n</think>\n\n<answer>\\boxed{" + questions[0][1].answer + "}</answer>"
     pending: dict = {}
-    agent._turn(branch, says(agent, branch, text), LIMITS, pending)
+    agent._take([(branch, agent._turn(branch, says(agent, branch, text), LIMITS, pending))], LIMITS)
     assert (branch.status, branch.reward, branch.calls, pending) == ("answered", 1.0, [], {})
     branch.sequence.close()
 
@@ -98,8 +104,8 @@ def test_a_slow_grade_is_made_on_a_worker_thread(agent: Agent, questions: list) 
     text = "So.\n</think>\n\n<answer>\\boxed{0.5}</answer>"
     agent._turn(branch, says(agent, branch, text), LIMITS, pending)
     assert branch.status == "answered" and branch.grading
-    ((future, (waiting, take)),) = pending.items()
-    take(future.result(timeout=60))
+    ((future, (waiting, _)),) = pending.items()
+    agent._take([(branch, future.result(timeout=60))], LIMITS)
     assert waiting is branch and (branch.reward, branch.grading) == (1.0, False)
     branch.sequence.close()
 
@@ -108,9 +114,9 @@ def test_the_crop_comes_back_and_can_be_zoomed_again(agent: Agent, questions: li
     branch = fresh(agent, questions[0][1])
     box = {"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 500, 500], "label": "corner"}}
     calls = agent._end_turn(branch, says(agent, branch, CALL.format(json.dumps(box))), LIMITS)
-    results = agent._call_tools(branch, calls)
+    results = made(agent, branch, calls)
     assert results[0].ok and results[0].images[0].size == (64, 64)
-    agent._observe(branch, results, LIMITS)
+    agent._take([(branch, results)], LIMITS)
     assert len(branch.sequence.images) == 2 and len(branch.images) == 2
     agent.llm.abort(branch.sequence)
     branch.sequence.close()

@@ -105,6 +105,8 @@ def test_a_row_without_an_answer_and_lines_that_are_no_rows(tmp_path: Path):
     assert lines[1].startswith("rows:2: not valid JSON: ")
     assert lines[2].startswith("rows:3: must be a JSON object with id, question, images, answer, got list")
     assert lines[3:] == ["rows:6: id = 'b': line 4 has the same id"]
+    assert problems(tmp_path, row(), "[" * 100_000)[0] == "rows:2: not valid JSON: it is nested too deeply"
+    assert problems(tmp_path, row(), '{"id": "b", "quest')[0].startswith("rows:2: not valid JSON: "), "cut"
 
 
 def test_images_that_cannot_be_used_are_found_before_training(tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from axpo.branch import Branch, Limits
+from axpo.calls import TurnCalls
 from axpo.conversation import Conversation
 from axpo.diagnostics import tool_metrics
 from axpo.rollout import Agent
@@ -68,7 +69,7 @@ def conversing(agent: Agent, python: Python) -> Agent:
 
 
 def opened(agent: Agent, question: Question) -> Branch:
-    sequence = agent._open(question, LIMITS)
+    sequence = agent._open(question, agent.llm.image_inputs(question.images), LIMITS)
     n = len(sequence)
     nothing: list[float | None] = [None] * n
     return Branch(
@@ -83,9 +84,10 @@ def turn(agent: Agent, branch: Branch, *calls: tuple[str, dict[str, Any]]) -> li
     branch.sequence.extend(tokens)
     known = [-0.1] * len(tokens)
     output = CompletionOutput(0, "", tokens, known, known, "stop", agent.conversation.end_of_turn)
-    results = agent._call_tools(branch, agent._end_turn(branch, output, LIMITS))
+    made = TurnCalls(branch, agent._end_turn(branch, output, LIMITS), agent.conversation.tools, lambda text: text)
+    results = made()
     if len(branch.sequence) < 960:
-        agent._observe(branch, results, LIMITS)
+        agent._take([(branch, results)], LIMITS)
         agent.llm.abort(branch.sequence)
     return results
 

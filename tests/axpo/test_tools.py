@@ -181,6 +181,7 @@ def test_img_idx_counts_earlier_crops() -> None:
     assert np.array_equal(inner, np.asarray(images[0])[0:10, 10:20])
     assert np.array_equal(crop_of(call([0, 0, 1000, 1000], images, img_idx=2.0)), np.asarray(images[0])[:20, :20])
     assert problem(call([0, 0, 9, 9], images, img_idx=3)) == "img_idx is 3, but the images are 0 to 2"
+    assert problem(call([0, 0, 9, 9], [])) == "img_idx is 0, but there is no image"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "RGB"])

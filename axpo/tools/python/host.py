@@ -259,7 +259,7 @@ class Kernel:
         self._zygote = zygote
         self._socket: socket.socket | None = None
         self._id = -1
-        self._sent = 0
+        self._sent = self._calls = 0
 
     def run(self, code: str, timeout: float, images: Sequence[Image.Image], max_chars: int) -> Cell:
         """Runs a cell. `images` are all of the conversation's; those that the kernel does not have yet are sent.
@@ -272,7 +272,8 @@ class Kernel:
             self._id, self._socket = self._zygote.spawn()
             self._sent = 0
         new = [image if image.mode in ("RGB", "L", "RGBA") else image.convert("RGB") for image in images[self._sent :]]
-        request = {"code": code, "timeout": timeout, "max_chars": max_chars}
+        self._calls += 1
+        request = {"number": self._calls, "code": code, "timeout": timeout, "max_chars": max_chars}
         request["images"] = [[image.mode, *image.size] for image in new]
         deadline = time.monotonic() + timeout + GRACE_S
         try:
@@ -280,6 +281,8 @@ class Kernel:
             wire.send(self._socket, request, [image.tobytes() for image in new])
             self._sent = len(images)
             reply, blobs = wire.receive(_Deadline(self._socket, deadline))  # type: ignore[arg-type]
+            if reply.get("number") != self._calls:  # a cell may write to the socket; the next cell must not read it
+                raise wire.WireError("an answer to another call")
             return _cell(reply, blobs, max_chars)
         except TimeoutError:
             self.close()

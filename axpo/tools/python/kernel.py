@@ -28,9 +28,9 @@ class CellTimeout(BaseException):
 
 
 def serve(sock: socket.socket) -> None:
-    """Answers requests {code, timeout, max_chars, images: [[mode, width, height], …]} + their pixels.
+    """Answers requests {number, code, timeout, max_chars, images: [[mode, width, height], …]} + their pixels.
 
-    Replies {ok, text, error, images: [[width, height], …]} + RGB pixels.
+    Replies {number, ok, text, error, images: [[width, height], …]} + RGB pixels.
     """
     images: list[Image.Image] = []
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
@@ -56,6 +56,7 @@ def serve(sock: socket.socket) -> None:
             text = f"{text.rstrip()}\n{error}" if text.strip() else error
         pictures = [_fit(image) for image in shown[:MAX_FIGURES]]
         reply = {"ok": error is None, "text": text, "error": error and error.strip().splitlines()[-1]}
+        reply["number"] = request["number"]
         wire.send(sock, {**reply, "images": [image.size for image in pictures]}, [p.tobytes() for p in pictures])
 
 

@@ -103,7 +103,7 @@ class Tavily:
             raise SearchError(f"the service refuses the query ({status})")
         try:
             answer = response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Again("the service's answer is not JSON") from error
         _hits(answer)
         return answer
