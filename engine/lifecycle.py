@@ -47,6 +47,7 @@ class Lifecycle:
         self.kv.sleep()
         if level == 2:
             self.weights.sleep()
+            self.runner.release_packed()
 
     def wake_up(self, tags: Seq[str] = ("weights", "kv_cache")) -> None:
         """Takes the memory again, at the same addresses; `tags` says of what, so that weights can come first."""
@@ -123,6 +124,7 @@ class Lifecycle:
             "block_bytes": self.kv.bytes_per_block,
             "kv_bytes": self.kv.nbytes,
             "weight_bytes": self.weights.nbytes,
+            "packed_bytes": self.runner.packed_bytes,
             "vision_bytes": self.runner.vision.nbytes,
             "peak_bytes": peak_bytes(self.device, self.kv.nbytes + self.weights.nbytes),
             "images_encoded": self.runner.vision.encoded,

@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from engine.attention import Target, choose_backend
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
+from engine.burst import Bursts
 from engine.graphs import Launched
 from engine.images import ImageInput
 from engine.lifecycle import Lifecycle
@@ -43,6 +46,8 @@ class LLM(Lifecycle):
         kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
+        num_scheduler_steps: tokens of a sequence that one `step` may sample, where the CPU's packed steps serve the
+            model and nothing that runs has stop strings, penalties or a truncated distribution.
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
         share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
             changes the speed and not a bit of the results.
@@ -63,6 +68,7 @@ class LLM(Lifecycle):
         block_size: int = 16,
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
+        num_scheduler_steps: int = 16,
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
@@ -87,6 +93,7 @@ class LLM(Lifecycle):
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
         self.attention = self._choice.backend(self.kv, target, share_prefixes)
         self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
+        self._bursts = Bursts(self.scheduler, self.runner, num_scheduler_steps)
         if self.device.type == "cuda" and not enforce_eager:
             self.runner.use_graphs(self.scheduler.max_num_seqs, capture=True)
         self.eos_token_ids = eos_token_ids(self.path)
@@ -132,8 +139,11 @@ class LLM(Lifecycle):
         limit = room if params.max_tokens is None else min(len(sequence) + params.max_tokens, room)
         self._submit(sequence, params, limit, index)
 
-    def step(self) -> list[tuple[Sequence, CompletionOutput]]:
-        """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
+    def step(self, most: int | None = None) -> list[tuple[Sequence, CompletionOutput]]:
+        """One batch step, or several (`num_scheduler_steps`, `most` of them) where nothing between them needs the host.
+
+        Returns the runs that it finished, in the order in which they were submitted.
+        """
         launched, self._launched = self._launched, None
         if not self.scheduler.has_work:
             return []
@@ -143,7 +153,8 @@ class LLM(Lifecycle):
             self._count(len(batch), chunks)
             launched = None if chunks or self.runner.graphs is None else self.runner.graphs.launch(batch)
             if launched is None:
-                return self._compute(batch, chunks)
+                burst = None if chunks else self._bursts.run(batch, most or self._bursts.most)
+                return self._compute(batch, chunks) if burst is None else self._advanced(*burst)
         if self.scheduler.reserve_ahead():  # the next step begins before this one's tokens are known
             launched.ahead = True
             assert self.runner.graphs is not None
@@ -157,6 +168,12 @@ class LLM(Lifecycle):
             self._counts["decode_tokens" if not chunk.writes else "prefill_tokens"] += chunk.stop - chunk.start
         self._counts["decode_tokens"] += decoding
         self._counts["steps"] += 1
+
+    def _advanced(self, finished: set[Request], made: npt.NDArray[np.int64]) -> list[tuple[Sequence, CompletionOutput]]:
+        """After several steps in one call: `made` tokens of each row, of which the first step is counted already."""
+        self._counts["decode_tokens"] += int(made.sum()) - len(made)
+        self._counts["steps"] += int(made.max()) - 1
+        return self._finish(finished)
 
     def _compute(self, batch: DecodeBatch, chunks: list[Chunk]) -> list[tuple[Sequence, CompletionOutput]]:
         """One step, computed and waited for."""
@@ -246,7 +263,7 @@ class LLM(Lifecycle):
             for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
                 self.submit(sequence, p, index)
             while self.scheduler.has_work:
-                done = self.step()
+                done = self.step(1)
                 for request in list(self.scheduler.decoding.requests):  # all of them have just sampled
                     if request.sequence.request is request:
                         yield request.sequence, self._output(request, running=True)
