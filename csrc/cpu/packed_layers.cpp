@@ -19,7 +19,7 @@ struct Work {
   float *x, *y, *q, *kv, *act, *angles, *scores;
   static int64_t size(const Model& m, int64_t rows, int64_t keys) {
     return rows * (2 * m.hidden + m.q_width() + m.kv_width() + m.inner + m.dim) +
-           2 * keys + 16 * 8;
+           4 * keys + 16 * 8;
   }
   Work(const Model& m, int64_t rows, float* at) {
     const auto take = [&at](int64_t count) {
@@ -82,19 +82,29 @@ void write_kv(const Model& m, const Step& step, int64_t layer, int64_t row, int6
   }
 }
 
-// Replaces the queries of some rows, [rows][q_heads][dim], by what they attend to.
-void attend_rows(const Model& m, const Step& step, int64_t layer, const Context* contexts, int64_t rows,
-                 float* q, float* scores, int64_t stride) {
+void find_shared(std::vector<Context>& contexts, int64_t rows, int64_t block_size) {
+  for (int64_t r = 0; r + 1 < rows; ++r) {
+    const Context &a = contexts[r], &b = contexts[r + 1];
+    const int64_t most = std::min(a.keys, b.keys) / block_size;
+    contexts[r].shared = std::mismatch(a.blocks, a.blocks + most, b.blocks).first - a.blocks;
+  }
+}
+
+// Replaces the queries of some rows, [rows][q_heads][dim], by what they attend to. Head after head, as what the rows
+// share of one head's keys and values stays in the core's first cache.
+void attend_rows(const Model& m, const Step& step, int64_t layer, const Context* contexts, int64_t rows, float* q,
+                 float* scores, int64_t stride) {
   const float* keys = step.kv + 2 * layer * step.plane;
   const int64_t group = m.q_heads / m.kv_heads, head_size = step.block_size * m.dim;
   const float factor = m.scale * kLog2e;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t h = 0; h < m.kv_heads; ++h) {
-      const Plane plane{keys + h * head_size, keys + step.plane + h * head_size, m.kv_heads * head_size,
-                        step.block_size, m.dim};
-      float* head = q + (r * m.q_heads + h * group) * m.dim;
+  for (int64_t h = 0; h < m.kv_heads; ++h) {
+    const Plane plane{keys + h * head_size, keys + step.plane + h * head_size, m.kv_heads * head_size, step.block_size,
+                      m.dim};
+    for (int64_t r = 0; r < rows; r += 2) {
+      const int64_t tokens = std::min<int64_t>(2, rows - r);
       for (int64_t g = 0; g < group; g += 2) {
-        attend_heads(std::min<int64_t>(2, group - g), head + g * m.dim, plane, contexts[r], factor, scores, stride);
+        attend(tokens, std::min<int64_t>(2, group - g), q + r * m.q_width() + (h * group + g) * m.dim, m.q_width(), plane,
+               contexts + r, factor, scores, stride);
       }
     }
   }
@@ -133,8 +143,10 @@ void axpo::run_job(const Model& m, const Step& step, const Job& job, float* scra
   std::vector<Context> contexts;
   for (int64_t i = job.span; i < job.span_end; ++i) {
     const Span& span = step.spans[i];
-    for (int64_t t = 1; t <= span.tokens; ++t) contexts.push_back({span.blocks, span.keys - span.tokens + t});
+    for (int64_t t = 1; t <= span.tokens; ++t) contexts.push_back({span.blocks, span.keys - span.tokens + t, 0});
   }
+
+  find_shared(contexts, rows, step.block_size);
 
   const int64_t last = static_cast<int64_t>(m.layers.size()) - 1;
   for (int64_t l = 0; l <= last; ++l) {
@@ -154,6 +166,7 @@ void axpo::run_job(const Model& m, const Step& step, const Job& job, float* scra
         row_of[r] = row_of[from];
         contexts[r] = contexts[from];
       }
+      find_shared(contexts, rows, step.block_size);
     }
     product({work.y, hidden, rows, hidden, w.q, nullptr, q_width, work.q, q_width, Then::kStore});
     turn_rows(work.q, q_width, w.q_norm, work.angles, rows, m.q_heads, m.dim, m.eps);
