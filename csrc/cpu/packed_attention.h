@@ -44,14 +44,14 @@ static AXPO_INLINE void score_chunks(const float* q, const Plane& plane, const i
     f32x16 k[kChunks];
 #pragma GCC unroll 4
     for (int c = 0; c < kChunks; ++c) k[c] = load16(at[c] + d * plane.block_size);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const float x = q[r * plane.dim + d];
 #pragma GCC unroll 4
       for (int c = 0; c < kChunks; ++c) acc[r][c] += k[c] * x;
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < kChunks; ++c) store16(scores + r * stride + (first + c) * kChunk, acc[r][c]);
