@@ -11,11 +11,13 @@ from engine.scheduler import Request, Scheduler
 class Bursts:
     """Up to `most` steps at once (`num_scheduler_steps` of the engine); what they sample is what single steps do."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, most: int):
-        self.scheduler, self.runner, self.most = scheduler, runner, most
+    def __init__(self, scheduler: Scheduler, runner: Runner, counts: dict[str, int], most: int):
+        if most < 1:
+            raise ValueError(f"num_scheduler_steps={most} must be at least 1")
+        self.scheduler, self.runner, self.counts, self.most = scheduler, runner, counts, most
 
-    def run(self, batch: DecodeBatch, most: int) -> tuple[set[Request], npt.NDArray[np.int64]] | None:
-        """Up to `most` tokens of each row, whose first has its block: the requests that end, and tokens of each row.
+    def run(self, batch: DecodeBatch, most: int) -> set[Request] | None:
+        """Up to `most` tokens of each row, whose first has its block and is counted: the requests that end with them.
 
         None, and nothing is done, where single steps are needed.
         """
@@ -42,7 +44,9 @@ class Bursts:
         size = batch.block_size
         for row in np.flatnonzero(batch.position // size > start // size).tolist():
             self.scheduler.seal(requests[row].sequence, int(start[row]) // size)
-        return finished, made
+        self.counts["decode_tokens"] += int(made.sum()) - len(made)
+        self.counts["steps"] += int(made.max()) - 1
+        return finished
 
     def _counts(self, batch: DecodeBatch, most: int) -> npt.NDArray[np.int64] | None:
         """Tokens that each row wants [n], which have their blocks then; None where a burst is of no use."""

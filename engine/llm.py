@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -32,7 +30,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed
 from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
-from engine.stopping import met_stop_string, text_of
+from engine.stopping import append_sampled, text_of
 
 
 class LLM(Lifecycle):
@@ -93,7 +91,6 @@ class LLM(Lifecycle):
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_num_seqs, self.kv.copy, enable_prefix_caching)
         self.attention = self._choice.backend(self.kv, target, share_prefixes)
         self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
-        self._bursts = Bursts(self.scheduler, self.runner, num_scheduler_steps)
         if self.device.type == "cuda" and not enforce_eager:
             self.runner.use_graphs(self.scheduler.max_num_seqs, capture=True)
         self.eos_token_ids = eos_token_ids(self.path)
@@ -103,6 +100,7 @@ class LLM(Lifecycle):
         self._requests = itertools.count()
         self._ordinals = itertools.count()
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
+        self._bursts = Bursts(self.scheduler, self.runner, self._counts, num_scheduler_steps)
 
     @cached_property
     def processor(self) -> Processor:
@@ -153,8 +151,8 @@ class LLM(Lifecycle):
             self._count(len(batch), chunks)
             launched = None if chunks or self.runner.graphs is None else self.runner.graphs.launch(batch)
             if launched is None:
-                burst = None if chunks else self._bursts.run(batch, most or self._bursts.most)
-                return self._compute(batch, chunks) if burst is None else self._advanced(*burst)
+                finished = None if chunks else self._bursts.run(batch, most or self._bursts.most)
+                return self._compute(batch, chunks) if finished is None else self._finish(finished)
         if self.scheduler.reserve_ahead():  # the next step begins before this one's tokens are known
             launched.ahead = True
             assert self.runner.graphs is not None
@@ -169,12 +167,6 @@ class LLM(Lifecycle):
         self._counts["decode_tokens"] += decoding
         self._counts["steps"] += 1
 
-    def _advanced(self, finished: set[Request], made: npt.NDArray[np.int64]) -> list[tuple[Sequence, CompletionOutput]]:
-        """After several steps in one call: `made` tokens of each row, of which the first step is counted already."""
-        self._counts["decode_tokens"] += int(made.sum()) - len(made)
-        self._counts["steps"] += int(made.max()) - 1
-        return self._finish(finished)
-
     def _compute(self, batch: DecodeBatch, chunks: list[Chunk]) -> list[tuple[Sequence, CompletionOutput]]:
         """One step, computed and waited for."""
         sampled = self.runner.step(batch, chunks)
@@ -182,7 +174,9 @@ class LLM(Lifecycle):
             self.scheduler.seal(chunk.request.sequence, chunk.start // self.pool.block_size)
         finished = {chunk.request for chunk in chunks if not chunk.request.samples and chunk.request.pending == 0}
         tokens = sampled.tokens.tolist()
-        finished |= self._append(batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies)
+        finished |= append_sampled(
+            self._decode, batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies
+        )
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
         return self._finish(finished)
@@ -192,8 +186,12 @@ class LLM(Lifecycle):
         tokens, logprobs, entropies = launched.results()
         rows = launched.rows_of(batch.requests)
         picked = rows.tolist()
-        finished = self._append(
-            batch.requests, tokens[rows].tolist(), [logprobs[row] for row in picked], [entropies[row] for row in picked]
+        finished = append_sampled(
+            self._decode,
+            batch.requests,
+            tokens[rows].tolist(),
+            [logprobs[row] for row in picked],
+            [entropies[row] for row in picked],
         )
         if launched.ahead:
             batch.token[:] = tokens[rows]
@@ -201,26 +199,8 @@ class LLM(Lifecycle):
             batch.advance(tokens[rows])
         return self._finish(finished)
 
-    def _append(
-        self, requests: list[Request], tokens: list[int], logprobs: list[float], entropies: list[float]
-    ) -> set[Request]:
-        """Gives each request its sampled token; returns those that end with it."""
-        finished: set[Request] = set()
-        for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
-            token_ids = request.sequence.token_ids
-            request.sequence.num_computed = len(token_ids)
-            token_ids.append(token)
-            request.logprobs.append(logprob)
-            request.entropies.append(entropy)
-            if token in request.stop_ids:
-                request.stopped_by = token
-                finished.add(request)
-                continue
-            if request.params.stop:
-                request.stopped_by = met_stop_string(self.processor.decode, token_ids, request.start, request.params)
-            if request.stopped_by is not None or len(token_ids) >= request.limit:
-                finished.add(request)
-        return finished
+    def _decode(self, token_ids: Seq[int], skip_special_tokens: bool) -> str:
+        return self.processor.decode(token_ids, skip_special_tokens)
 
     def _finish(self, finished: set[Request]) -> list[tuple[Sequence, CompletionOutput]]:
         if not finished:

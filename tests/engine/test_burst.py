@@ -1,4 +1,4 @@
-"""Several tokens in one call are the tokens of as many single steps, bit for bit, whatever happens between the calls."""
+"""Several tokens in one call are the tokens of as many single steps, bit for bit, whatever happens in between."""
 
 import random
 from pathlib import Path
@@ -41,7 +41,9 @@ def test_bursts_give_what_single_steps_give(block_size: int, vl_checkpoint: Path
     seed = random.randrange(2**31)
     rng = random.Random(seed)
     root = [rng.randrange(7, 260) for _ in range(37)]
-    prompts = [root[: rng.randint(1, 37)] + [rng.randrange(7, 260) for _ in range(rng.randint(0, 9))] for _ in range(25)]
+    prompts = [
+        root[: rng.randint(1, 37)] + [rng.randrange(7, 260) for _ in range(rng.randint(0, 9))] for _ in range(25)
+    ]
     params = [params_of(rng) for _ in prompts]
     single = engine(vl_checkpoint, 1, block_size=block_size)
     expected = generated(single, prompts, params)
