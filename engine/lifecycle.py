@@ -105,9 +105,9 @@ class Lifecycle:
 
     def explain(self) -> str:
         """Which attention backend was chosen and why, and why each other was not: a line each; for bf16 on the CPU,
-        whether its products use AMX.
+        whether its products use AMX; whether steps are packed.
         """
-        return self._choice.explanation
+        return f"{self._choice.explanation}\n{self.runner.explain()}"
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now.

@@ -56,8 +56,11 @@ class Runner:
         self.vision = VisionCache(model, vision_cache_bytes)
         self.graphs: DecodeGraphs | None = None
         self.packed: PackedModel | None = None
-        if isinstance(attention, Ours) and PackedModel.serves(model, attention.kv):
-            self.packed = PackedModel(model, attention.kv)
+        self._not_packed = "their attention is 'ours'"
+        if isinstance(attention, Ours):
+            self._not_packed = PackedModel.why_not(model, attention.kv)
+            if self._not_packed is None:
+                self.packed = PackedModel(model, attention.kv)
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
 
     def use_graphs(self, max_rows: int, capture: bool) -> None:
@@ -73,6 +76,10 @@ class Runner:
             self.packed.release()
         if self.vision.packed is not None:
             self.vision.packed.release()
+
+    def explain(self) -> str:
+        """Whether whole steps are one call into C++, and why not."""
+        return "steps: packed" if self._not_packed is None else f"steps: layer by layer, not packed: {self._not_packed}"
 
     @property
     def packed_bytes(self) -> int:

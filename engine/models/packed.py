@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 
 
 class PackedModel:
-    """`Qwen3VL` for inference in fp32 on the CPU, where `serves` says so: the same function, other bits.
+    """`Qwen3VL` for inference in fp32 on the CPU, where `why_not` has nothing to say: the same function, other bits.
 
     What a row gives depends on its sequence alone, not on the batch, so a rollout is the same bits in any company.
     """
@@ -47,13 +47,18 @@ class PackedModel:
         self.release()
 
     @staticmethod
-    def serves(model: Qwen3VL, kv: KVCache) -> bool:
+    def why_not(model: Qwen3VL, kv: KVCache) -> str | None:
+        """What keeps the packed steps from serving this model over this cache, or None."""
         text = model.config.text
         layers = list(model.model.language_model.layers)
         weights = [parameter for parameter in layers[0].parameters() if parameter.dim() == 2]
-        size = sum(weight.nbytes for weight in weights)
-        plain = not text.attention_bias and all(isinstance(layer, DecoderLayer) for layer in layers)
-        return plain and size <= LAYER_BYTES and can_pack(kv.data, *weights)
+        if (size := sum(weight.nbytes for weight in weights)) > LAYER_BYTES:
+            return f"a layer's {size:,} bytes of weights are more than the {LAYER_BYTES:,} that stay in a core's cache"
+        if text.attention_bias or not all(isinstance(layer, DecoderLayer) for layer in layers):
+            return "they have no biases and no adapted layers"
+        if not can_pack(kv.data, *weights):
+            return "they are C++ for fp32 on the CPU, with sizes and blocks that are multiples of 16"
+        return None
 
     def release(self) -> None:
         """Gives the packed weights back; they are packed anew when they are next used, with what they are then."""

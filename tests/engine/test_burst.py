@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import LLM, CompletionOutput, SamplingParams, Sequence
 from kernels._library import LOADED, MODE
@@ -138,3 +139,11 @@ def test_sleep_gives_the_packed_weights_back(vl_checkpoint: Path) -> None:
     llm.wake_up()
     llm.reload_weights()
     assert generated(llm, [[11, 12, 13]], [params]) == before
+
+
+def test_an_engine_says_whether_its_steps_are_packed(vl_checkpoint: Path) -> None:
+    assert engine(vl_checkpoint, 16).explain().splitlines()[-1] == "steps: packed"
+    narrow = LLM(vl_checkpoint, kv_cache_bytes=1 << 22, dtype=torch.bfloat16)
+    assert narrow.runner.packed is None and "not packed: they are C++ for fp32" in narrow.explain()
+    small = LLM(vl_checkpoint, kv_cache_bytes=1 << 22, block_size=8)
+    assert small.runner.packed is None and "blocks that are multiples of 16" in small.explain()
