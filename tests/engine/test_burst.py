@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not LOADED or MODE == "reference", reason="the C
 
 
 def engine(path: Path, steps: int, **options: object) -> LLM:
-    llm = LLM(path, num_scheduler_steps=steps, **{"kv_cache_bytes": 1 << 22, **options})  # type: ignore[arg-type]
+    llm = LLM(path, num_scheduler_steps=steps, **{"kv_cache_bytes": 1 << 22, **options})
     assert llm.runner.packed is not None
     return llm
 
