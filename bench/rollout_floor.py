@@ -23,11 +23,19 @@ class Products:
     def of(cls, llm: LLM, run: Callable[[], Any]) -> "Products":
         """What one call of `run` computes."""
         products = cls()
-        hidden, vision = llm.runner._hidden, llm.runner.vision
+        hidden, burst, vision = llm.runner._hidden, llm.runner.burst, llm.runner.vision
 
         def counted(packed: Any, rows: Any, images: Any) -> Tensor:
             products.steps.append((len(packed.token_ids), len(rows)))
             return hidden(packed, rows, images)
+
+        def counted_burst(*args: Any) -> Any:
+            drawn = burst(*args)
+            made = drawn[3]  # tokens of each row
+            for step in range(made.max()):
+                rows = int((made > step).sum())
+                products.steps.append((rows, rows))
+            return drawn
 
         encode = vision.encode
 
@@ -38,11 +46,12 @@ class Products:
                 products.patches.append(sum({i.key: len(i.pixel_values) for i in images}.values()))
             return features
 
-        llm.runner._hidden, vision.encode = counted, counted_encode  # type: ignore[method-assign]
+        llm.runner._hidden, llm.runner.burst = counted, counted_burst  # type: ignore[method-assign]
+        vision.encode = counted_encode  # type: ignore[method-assign]
         try:
             run()
         finally:
-            llm.runner._hidden, vision.encode = hidden, encode
+            llm.runner._hidden, llm.runner.burst, vision.encode = hidden, burst, encode
         return products
 
     @torch.inference_mode()

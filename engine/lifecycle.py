@@ -47,6 +47,7 @@ class Lifecycle:
         self.kv.sleep()
         if level == 2:
             self.weights.sleep()
+            self.runner.release_packed()
 
     def wake_up(self, tags: Seq[str] = ("weights", "kv_cache")) -> None:
         """Takes the memory again, at the same addresses; `tags` says of what, so that weights can come first."""
@@ -104,9 +105,9 @@ class Lifecycle:
 
     def explain(self) -> str:
         """Which attention backend was chosen and why, and why each other was not: a line each; for bf16 on the CPU,
-        whether its products use AMX.
+        whether its products use AMX; whether steps are packed.
         """
-        return self._choice.explanation
+        return f"{self._choice.explanation}\n{self.runner.explain()}"
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is held now.
@@ -123,6 +124,7 @@ class Lifecycle:
             "block_bytes": self.kv.bytes_per_block,
             "kv_bytes": self.kv.nbytes,
             "weight_bytes": self.weights.nbytes,
+            "packed_bytes": self.runner.packed_bytes,
             "vision_bytes": self.runner.vision.nbytes,
             "peak_bytes": peak_bytes(self.device, self.kv.nbytes + self.weights.nbytes),
             "images_encoded": self.runner.vision.encoded,

@@ -12,6 +12,7 @@ import torch
 from engine.attention import Target, choose_backend
 from engine.batch import DecodeBatch
 from engine.block_pool import BlockPool
+from engine.burst import Bursts
 from engine.graphs import Launched
 from engine.inputs import Inputs
 from engine.lifecycle import Lifecycle
@@ -25,7 +26,7 @@ from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed, one_each
 from engine.scheduler import Chunk, Request, Scheduler
 from engine.sequence import Sequence
-from engine.stopping import met_stop_string, text_of
+from engine.stopping import append_sampled, text_of
 
 
 class LLM(Inputs, Lifecycle):
@@ -39,6 +40,8 @@ class LLM(Inputs, Lifecycle):
         kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
         max_batch_tokens: tokens of one step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that run at once, at most one a token of `max_batch_tokens`.
+        num_scheduler_steps: tokens of a sequence that one `step` may sample, where the CPU's packed steps serve the
+            model and nothing that runs has stop strings, penalties or a truncated distribution.
         enable_prefix_caching: keep the KV of closed sequences until its blocks are needed, and begin new ones with it.
         share_prefixes: attention reads KV that several sequences of a step have in common once for all of them. It
             changes the speed and not a bit of the results.
@@ -59,6 +62,7 @@ class LLM(Inputs, Lifecycle):
         block_size: int = 16,
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
+        num_scheduler_steps: int = 16,
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
@@ -92,6 +96,7 @@ class LLM(Inputs, Lifecycle):
         self._requests = itertools.count()
         self._ordinals = itertools.count()
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens"), 0)
+        self._bursts = Bursts(self.scheduler, self.runner, self._counts, num_scheduler_steps)
 
     # -- sequences ---------------------------------------------------------------------
 
@@ -145,8 +150,11 @@ class LLM(Inputs, Lifecycle):
         shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
 
-    def step(self) -> list[tuple[Sequence, CompletionOutput]]:
-        """One batch step. Returns the runs that it finished, in the order in which they were submitted."""
+    def step(self, most: int | None = None) -> list[tuple[Sequence, CompletionOutput]]:
+        """One batch step, or several (`num_scheduler_steps`, `most` of them) where nothing between them needs the host.
+
+        Returns the runs that it finished, in the order in which they were submitted.
+        """
         launched, self._launched = self._launched, None
         if not self.scheduler.has_work:
             return []
@@ -156,7 +164,8 @@ class LLM(Inputs, Lifecycle):
             self._count(len(batch), chunks)
             launched = None if chunks or self.runner.graphs is None else self.runner.graphs.launch(batch)
             if launched is None:
-                return self._compute(batch, chunks)
+                finished = None if chunks else self._bursts.run(batch, most or self._bursts.most)
+                return self._compute(batch, chunks) if finished is None else self._finish(finished)
         if self.scheduler.reserve_ahead():  # the next step begins before this one's tokens are known
             launched.ahead = True
             assert self.runner.graphs is not None
@@ -178,7 +187,9 @@ class LLM(Inputs, Lifecycle):
             self.scheduler.seal(chunk.request.sequence, chunk.start // self.pool.block_size)
         finished = {chunk.request for chunk in chunks if not chunk.request.samples and chunk.request.pending == 0}
         tokens = sampled.tokens.tolist()
-        finished |= self._append(batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies)
+        finished |= append_sampled(
+            self._decode, batch.requests + sampled.requests, tokens, sampled.logprobs, sampled.entropies
+        )
         batch.advance(sampled.tokens[: len(batch)])
         self.scheduler.start_decoding(request for request in sampled.requests if request not in finished)
         return self._finish(finished)
@@ -188,8 +199,12 @@ class LLM(Inputs, Lifecycle):
         tokens, logprobs, entropies = launched.results()
         rows = launched.rows_of(batch.requests)
         picked = rows.tolist()
-        finished = self._append(
-            batch.requests, tokens[rows].tolist(), [logprobs[row] for row in picked], [entropies[row] for row in picked]
+        finished = append_sampled(
+            self._decode,
+            batch.requests,
+            tokens[rows].tolist(),
+            [logprobs[row] for row in picked],
+            [entropies[row] for row in picked],
         )
         if launched.ahead:
             batch.token[:] = tokens[rows]
@@ -197,26 +212,8 @@ class LLM(Inputs, Lifecycle):
             batch.advance(tokens[rows])
         return self._finish(finished)
 
-    def _append(
-        self, requests: list[Request], tokens: list[int], logprobs: list[float], entropies: list[float]
-    ) -> set[Request]:
-        """Gives each request its sampled token; returns those that end with it."""
-        finished: set[Request] = set()
-        for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
-            token_ids = request.sequence.token_ids
-            request.sequence.num_computed = len(token_ids)
-            token_ids.append(token)
-            request.logprobs.append(logprob)
-            request.entropies.append(entropy)
-            if token in request.stop_ids:
-                request.stopped_by = token
-                finished.add(request)
-                continue
-            if request.params.stop:
-                request.stopped_by = met_stop_string(self.processor.decode, token_ids, request.start, request.params)
-            if request.stopped_by is not None or len(token_ids) >= request.limit:
-                finished.add(request)
-        return finished
+    def _decode(self, token_ids: Seq[int], skip_special_tokens: bool) -> str:
+        return self.processor.decode(token_ids, skip_special_tokens)
 
     def _finish(self, finished: set[Request]) -> list[tuple[Sequence, CompletionOutput]]:
         if not finished:
@@ -259,7 +256,7 @@ class LLM(Inputs, Lifecycle):
             for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
                 self.submit(sequence, p, index)
             while self.scheduler.has_work:
-                done = self.step()
+                done = self.step(1)
                 for request in list(self.scheduler.decoding.requests):  # all of them have just sampled
                     if request.sequence.request is request:
                         yield request.sequence, self._output(request, running=True)

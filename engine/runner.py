@@ -56,8 +56,11 @@ class Runner:
         self.vision = VisionCache(model, vision_cache_bytes)
         self.graphs: DecodeGraphs | None = None
         self.packed: PackedModel | None = None
-        if isinstance(attention, Ours) and PackedModel.serves(model, attention.kv):
-            self.packed = PackedModel(model, attention.kv)
+        self._not_packed = "their attention is 'ours'"
+        if isinstance(attention, Ours):
+            self._not_packed = PackedModel.why_not(model, attention.kv)
+            if self._not_packed is None:
+                self.packed = PackedModel(model, attention.kv)
         self._banned = torch.tensor(model.config.banned_token_ids, dtype=torch.int64, device=self.device)
 
     def use_graphs(self, max_rows: int, capture: bool) -> None:
@@ -67,11 +70,26 @@ class Runner:
             room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
             self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
 
+    def release_packed(self) -> None:
+        """Gives back the weights' packed copies; they are made anew where they are used."""
+        if self.packed is not None:
+            self.packed.release()
+        if self.vision.packed is not None:
+            self.vision.packed.release()
+
+    def explain(self) -> str:
+        """Whether whole steps are one call into C++, and why not."""
+        return "steps: packed" if self._not_packed is None else f"steps: layer by layer, not packed: {self._not_packed}"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights' packed copies held now."""
+        return sum(packed.nbytes for packed in (self.packed, self.vision.packed) if packed is not None)
+
     def weights_updated(self) -> None:
         """Drops what was computed from the old weights."""
-        self.vision.weights_updated()
-        if self.packed is not None:
-            self.packed.refresh()
+        self.vision.clear()
+        self.release_packed()
         if self.graphs is not None:
             self.graphs.weights_updated()
 
@@ -100,6 +118,19 @@ class Runner:
                 rows.append(chunk.request.sequence.last_hidden[None])
                 requests.append(chunk.request)
         return self._sample(torch.cat(rows) if len(rows) > 1 else rows[0], batch, requests) if rows else NOTHING
+
+    @property
+    def bursts(self) -> bool:
+        """Whether `burst` is there."""
+        return self.packed is not None
+
+    @torch.inference_mode()
+    def burst(
+        self, batch: DecodeBatch, counts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Several steps of rows that only sample at a temperature; see `PackedModel.decode`."""
+        assert self.packed is not None
+        return self.packed.decode(batch, counts, stops, self._banned)
 
     def _hidden(self, packed: Packed, rows: npt.NDArray[np.int64], vision: VisionInput | None) -> Tensor:
         """Final hidden states of some rows of the step, [n, H]."""
@@ -228,13 +259,13 @@ def pack(batch: DecodeBatch, chunks: list[Chunk], block_size: int) -> Packed:
 
 
 class VisionCache:
-    """Encoder outputs by image content, least recently used first out. A weight update clears it."""
+    """Encoder outputs by image content, least recently used first out."""
 
     def __init__(self, model: Qwen3VL, max_bytes: int):
         self.model = model
         self.max_bytes = max_bytes
         tower = model.model.visual if model.config.vision is not None else None
-        self._packed = PackedVision(tower) if tower is not None and PackedVision.serves(tower) else None
+        self.packed = PackedVision(tower) if tower is not None and PackedVision.serves(tower) else None
         self.encoded = 0
         self._entries: OrderedDict[bytes, VisionFeatures] = OrderedDict()
         self._bytes = 0
@@ -247,11 +278,6 @@ class VisionCache:
         self._entries.clear()
         self._bytes = 0
 
-    def weights_updated(self) -> None:
-        self.clear()
-        if self._packed is not None:
-            self._packed.refresh()
-
     def encode(self, images: list[ImageInput]) -> dict[bytes, VisionFeatures]:
         """Features of all `images` by key; the ones not cached are encoded in one packed pass."""
         new = {image.key: image for image in images if image.key not in self._entries}
@@ -260,7 +286,7 @@ class VisionCache:
             pixels = torch.cat([image.pixel_values for image in new.values()]).to(device)
             grids = [image.grid_thw for image in new.values()]
             features = (
-                self._packed(pixels, grids) if self._packed else self.model.model.visual(pixels, torch.tensor(grids))
+                self.packed(pixels, grids) if self.packed else self.model.model.visual(pixels, torch.tensor(grids))
             )
             row = 0
             for key, image in new.items():

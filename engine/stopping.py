@@ -1,12 +1,40 @@
-"""Where stop strings end a run and its text."""
+"""What a sampled token does to its run, and where stop strings end the run and its text."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from engine.scheduler import Request
+
 Decode = Callable[[Seq[int], bool], str]
 """(token ids, skip special tokens) -> text."""
+
+
+def append_sampled(
+    decode: Decode, requests: list[Request], tokens: list[int], logprobs: list[float], entropies: list[float]
+) -> set[Request]:
+    """Gives each request its sampled token; returns those that end with it."""
+    finished: set[Request] = set()
+    for request, token, logprob, entropy in zip(requests, tokens, logprobs, entropies, strict=True):
+        token_ids = request.sequence.token_ids
+        request.sequence.num_computed = len(token_ids)
+        token_ids.append(token)
+        request.logprobs.append(logprob)
+        request.entropies.append(entropy)
+        if token in request.stop_ids:
+            request.stopped_by = token
+            finished.add(request)
+            continue
+        if request.params.stop:
+            request.stopped_by = met_stop_string(decode, token_ids, request.start, request.params)
+        if request.stopped_by is not None or len(token_ids) >= request.limit:
+            finished.add(request)
+    return finished
 
 
 def met_stop_string(decode: Decode, token_ids: list[int], start: int, params: SamplingParams) -> str | None:

@@ -1,6 +1,6 @@
 // The LM head and the sampler in one pass: a chunk of logits is used up while it is in the cache. See kernels/sampling.
 // Logits are those of `linear`, and a chunk's sums and noise are those of `sample`, so all results are, bit for bit.
-#include "gumbel.h"
+#include "sample_chunk.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -16,34 +16,6 @@ using namespace axpo;
 using at::Tensor;
 
 constexpr int64_t kRows = 128;  // whose chunk of logits fits in the L2 cache
-
-// What a row needs to know of a chunk: its sums, and its best token with the value that it won with.
-struct Chunk {
-  RowSums sums;
-  int64_t token = -1;
-  float won = -kInfinity, z = -kInfinity;
-};
-
-// logits: [kColumns], overwritten. banned: ids less than first + n, not below first.
-AXPO_CLONES void use_up(float* logits, int64_t n, int64_t first, float temperature, uint64_t seed, uint64_t position,
-                        const int64_t* banned, int64_t banned_count, Chunk* out) {
-  const bool greedy = temperature == 0.0f;
-  out->sums = reduce_chunk(logits, logits, n, greedy ? 1.0f : temperature);
-  std::fill(logits + n, logits + kColumns, -kInfinity);
-  for (int64_t i = 0; i < banned_count; ++i) {
-    if (banned[i] >= first && banned[i] < first + n) logits[banned[i] - first] = -kInfinity;
-  }
-  int64_t at = -1;
-  if (greedy) {
-    at = std::max_element(logits, logits + n) - logits;
-    out->won = logits[at];
-    if (out->won == -kInfinity) at = -1;
-  } else {
-    at = gumbel_argmax(logits, n, first, seed, position, &out->won);
-  }
-  out->token = at < 0 ? -1 : first + at;
-  out->z = at < 0 ? -kInfinity : logits[at];
-}
 
 std::tuple<Tensor, Tensor, Tensor> linear_sample(const Tensor& hidden, const Tensor& weight_in, const Tensor& seeds,
                                                  const Tensor& positions, const Tensor& temperature,
@@ -94,18 +66,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_sample(const Tensor& hidden, const Ten
   float *logprob_out = logprob.mutable_data_ptr<float>(), *entropy_out = entropy.mutable_data_ptr<float>();
   for (int64_t r = 0; r < rows; ++r) {
     Chunk all;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {  // the first of equal ones wins, as it has the lowest ids
-      const Chunk& c = found[chunk * rows + r];
-      merge_sums(all.sums, c.sums);
-      if (c.token >= 0 && (all.token < 0 || c.won > all.won)) all.token = c.token, all.won = c.won, all.z = c.z;
-    }
-    TORCH_CHECK_VALUE(all.sums.sum > 0, "sample: row ", r,
-                      " of logits holds a NaN or +inf, or only -inf: there is no distribution to sample from");
-    TORCH_CHECK_VALUE(all.token >= 0, "sample: row ", r, " has no token left: every one is banned or has logit -inf");
-    const double log_sum = std::log(all.sums.sum);
-    token_out[r] = all.token;
-    logprob_out[r] = (float)((all.z - all.sums.max) - log_sum);
-    entropy_out[r] = (float)(log_sum - all.sums.centred / all.sums.sum);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) merge_chunk(all, found[chunk * rows + r]);
+    const Drawn drawn = draw("sample", r, all);
+    token_out[r] = drawn.token, logprob_out[r] = drawn.logprob, entropy_out[r] = drawn.entropy;
   }
   return {token, logprob, entropy};
 }

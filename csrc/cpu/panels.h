@@ -29,7 +29,14 @@ struct Product {
   Then then;
 };
 
-static AXPO_INLINE f32x16 silu16(f32x16 x) { return x / (splat16(1.0f) + exp16(-x)); }
+// x / (1 + e^-x), of which e^-x is 2^t; beyond the clamps it is 0 or x but for less than 1e-36.
+static AXPO_INLINE f32x16 silu16(f32x16 x) {
+  const f32x16 low = splat16(-126.0f), high = splat16(126.0f);
+  f32x16 t = x * splat16(-1.44269504f);
+  t = t < low ? low : t;
+  t = t > high ? high : t;
+  return x / (splat16(1.0f) + power16(t));
+}
 
 // 0.5 x (1 + tanh(u)) = x sigmoid(2 u).
 static AXPO_INLINE f32x16 gelu_tanh16(f32x16 x) {

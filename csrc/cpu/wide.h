@@ -27,6 +27,21 @@ static AXPO_INLINE float hmax16(f32x16 v) {
   return hmax8(max8(load8(lanes), load8(lanes + 8)));
 }
 
+// 2^x for -126 <= x <= 126 (relative error about 1e-7).
+static AXPO_INLINE f32x16 power16(f32x16 x) {
+  const f32x16 magic = splat16(12582912.0f);  // adding it rounds to the nearest integer, which its low bits then hold
+  const f32x16 shifted = x + magic;
+  const f32x16 r = x - (shifted - magic);
+  f32x16 p = splat16(1.5353362e-4f);
+  p = p * r + splat16(1.3398874e-3f);
+  p = p * r + splat16(9.6184373e-3f);
+  p = p * r + splat16(5.5503324e-2f);
+  p = p * r + splat16(2.4022648e-1f);
+  p = p * r + splat16(6.9314720e-1f);
+  p = p * r + splat16(1.0f);
+  return reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(p) + (reinterpret_cast<i32x16>(shifted) << 23));
+}
+
 // exp8 of sixteen lanes, with the same bits.
 static AXPO_INLINE f32x16 exp16(f32x16 x) {
   const f32x16 low = splat16(-87.33654f), high = splat16(88.72f);

@@ -15,7 +15,7 @@ class PackedVision:
 
     def __init__(self, tower: VisionTower):
         self.tower = tower
-        self.refresh()
+        self.release()
 
     @staticmethod
     def serves(tower: VisionTower) -> bool:
@@ -26,9 +26,20 @@ class PackedVision:
         small = sum(parameter.nbytes for parameter in parameters) <= BLOCK_BYTES
         return whole and even and small and can_pack_tensors(*parameters)
 
+    def release(self) -> None:
+        """Gives the packed weights back; they are packed anew when they are next used, with what they are then."""
+        self._weights: list[Tensor] = []
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights held now."""
+        return sum(weight.nbytes for weight in self._weights)
+
     @torch.no_grad()
-    def refresh(self) -> None:
-        """To be called when the weights have changed."""
+    def _pack(self) -> list[Tensor]:
+        if self._weights:
+            return self._weights
         tower = self.tower
         patch = tower.patch_embed.proj
         assert patch.bias is not None
@@ -41,7 +52,7 @@ class PackedVision:
             assert isinstance(merger, PatchMerger)
             weights += [*_norm(merger.norm), *_linear(merger.linear_fc1), *_linear(merger.linear_fc2)]
         self._weights = weights
-        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        return weights
 
     def __call__(self, pixel_values: Tensor, grid_thw: list[tuple[int, int, int]]) -> VisionFeatures:
         """pixel_values [P, patch_dim] -> features of P / merge² tokens."""
@@ -51,7 +62,7 @@ class PackedVision:
             pixel_values,
             torch.tensor([height * width for height, width in frames]),
             [table for frame in frames for table in self._table(frame)],
-            self._weights,
+            self._pack(),
             list(config.deepstack_visual_indexes),
             config.depth,
             config.num_heads,

@@ -95,6 +95,36 @@ def packed_forward(
     )
 
 
+def packed_decode(
+    embedding: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm: torch.Tensor,
+    head: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    kv: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    tables: torch.Tensor,
+    stops: torch.Tensor,
+    banned: torch.Tensor,
+    eps: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decodes n sequences for several tokens each: what as many calls of `packed_forward` and `linear_sample` give.
+
+    embedding, weights, norm, angles, kv, eps, scale: of `packed_forward`; head: the LM head [V, H], packed.
+    rows: [5, n] int64: of each sequence the token to compute first, its index (and number of tokens with KV), what is
+    to be added to an index to get its rotary position, the seed of its noise, and how many tokens it wants; temperature
+    [n] fp32, 0 = greedy; tables [n, columns] int32: blocks of its own for all that it will write; stops [n, m] int64:
+    tokens that end it, padded with -1; banned: ids that are never sampled. Returns tokens int64, logprobs and entropies
+    fp32, all [n, most], and how many of them there are, [n] int64: a sequence ends behind the first of its stops.
+    fp32 on the CPU. Raises ValueError or IndexError for what does not fit.
+    """
+    return torch.ops.axpo.packed_decode.default(
+        embedding, weights, norm, head, *angles, kv, rows, temperature, tables, stops, banned, eps, scale
+    )
+
+
 def packed_vision(
     pixels: torch.Tensor,
     lengths: torch.Tensor,

@@ -27,6 +27,7 @@ class PoolModel:
         self._paths: WeakKeyDictionary[Sequence, tuple[int, list[int]]] = WeakKeyDictionary()  # version, hashes
         self._step, self._copy, self._seal = llm.runner.step, llm.kv.copy, llm.pool.seal
         llm.runner.step = self._watch_step  # type: ignore[method-assign]
+        self._burst, llm.runner.burst = llm.runner.burst, self._watch_burst  # type: ignore[method-assign]
         llm.scheduler._copy_blocks = self._watch_copy
         llm.pool.seal = self._watch_seal  # type: ignore[method-assign]
 
@@ -65,11 +66,32 @@ class PoolModel:
             for index in range(chunk.start, chunk.stop):
                 written.append(self._slot(sequence, index))
                 self.slots[written[-1]] = self.paths(sequence)[index]
+        self._may_write(written, refs)
+        return self._step(batch, chunks)
+
+    def _watch_burst(self, batch: DecodeBatch, counts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]):
+        refs, written = self.references(), []
+        for request, position, count in zip(batch.requests, batch.position.tolist(), counts.tolist(), strict=True):
+            sequence = request.sequence
+            assert position == len(sequence.token_ids) - 1 == sequence.num_computed, (
+                "a row of a burst is at another token"
+            )
+            assert sequence.spans == [] or sequence.spans[-1].stop <= position, "an image in a burst"
+            written += [self._slot(sequence, index) for index in range(position, position + count)]
+        self._may_write(written, refs)
+        tokens, logprobs, entropies, made = self._burst(batch, counts, stops)
+        for request, position, ids in zip(batch.requests, batch.position.tolist(), tokens, strict=True):
+            path, count = self.paths(request.sequence)[position], int(made[batch.requests.index(request)])
+            for index in range(position, position + count):
+                self.slots[self._slot(request.sequence, index)] = path
+                path = hash((path, int(ids[index - position]), None))
+        return tokens, logprobs, entropies, made
+
+    def _may_write(self, written: list[int], refs: npt.NDArray[np.int64]) -> None:
         assert len(set(written)) == len(written), "two tokens of a step go to one slot"
         for block in {slot // self.size for slot in written}:
             assert refs[block] == 1, f"block {block} is written and has {refs[block]} holders"
             assert self.llm.pool._hash[block] is None, f"block {block} is written and can be found in the prefix cache"
-        return self._step(batch, chunks)
 
     def _watch_copy(self, copies: list[BlockCopy]) -> None:
         refs = self.references()

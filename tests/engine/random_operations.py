@@ -39,7 +39,7 @@ class Walk:
     def __init__(self, path: Path, seed: int, fresh: LLM, pictures: list[ImageInput], counts: Counter[str]):
         self.rng = rng = random.Random(seed)
         self.fresh, self.pictures, self.counts = fresh, pictures, counts
-        block_size = rng.choice([2, 8, 8, 8, 8, 16])  # the C++ kernels take multiples of 8
+        block_size = rng.choice([2, 8, 8, 8, 16, 16])  # the C++ kernels take multiples of 8, packed steps of 16
         num_blocks = -(-rng.randint(MAX_LENGTH, 2 * MAX_LENGTH) // block_size)  # one sequence fits, and not many
         self.llm = LLM(
             path,
@@ -47,6 +47,7 @@ class Walk:
             block_size=block_size,
             max_batch_tokens=rng.choice([5, 17, 33, 4096]),
             max_num_seqs=rng.choice([3, 1024, 1024]),
+            num_scheduler_steps=rng.choice([1, 3, 16]),
             enable_prefix_caching=rng.random() < 0.7,
             share_prefixes=rng.random() < 0.7,
             vision_cache_bytes=rng.choice([1, 1 << 20]),
@@ -126,7 +127,9 @@ class Walk:
 
     def step(self) -> None:
         before = {id(mirror): len(mirror.sequence) for mirror in self.live}
-        done = {id(sequence): output for sequence, output in self.llm.step()}
+        most = self.rng.choice([None, None, 1, 4])
+        done = {id(sequence): output for sequence, output in self.llm.step(most)}
+        most = min(most or 16, self.llm._bursts.most)
         for mirror in self.live:
             output, request = done.get(id(mirror.sequence)), mirror.sequence.request
             if output is not None:
@@ -134,14 +137,15 @@ class Walk:
                 part = mirror.parts[-1]
                 assert part.params is not None and part.tokens == output.token_ids
                 ended = part.tokens[-1] == STOP or len(part.tokens) == part.params.max_tokens
-                assert ended and request is None and new == 1
+                assert ended and request is None and 1 <= new <= most
             elif request is not None:
                 new = mirror.absorb(request.logprobs, request.entropies)
-                assert new <= 1
+                assert new <= most
             else:
                 new = 0
             assert len(mirror.sequence) == before[id(mirror)] + new
             self.counts["tokens sampled"] += new
+            self.counts["tokens sampled in bursts"] += new if new > 1 else 0
 
     def prefill(self) -> None:
         sequence = self.rng.choice(self.live).sequence

@@ -66,7 +66,7 @@ def test_an_engine_says_what_it_chose_and_why(vl_checkpoint: Path) -> None:
         llm = LLM(vl_checkpoint, kv_cache_bytes=1 << 20)
     lines = llm.explain().splitlines()
     assert lines[0].startswith("attention: ours (the best that can serve)")
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["not flash_attn", "not xformers", "not sdpa"]
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["not flash_attn", "not xformers", "not sdpa", "steps"]
     assert "pip install 'axpo[flash-attn]'" in lines[1] and "attention='sdpa'" in lines[3]
     asked = LLM(vl_checkpoint, kv_cache_bytes=1 << 20, attention="sdpa")
     assert asked.explain().startswith("attention: sdpa (asked for)")

@@ -42,7 +42,7 @@ def test_the_packed_steps_give_what_the_plain_model_gives(vl_checkpoint: Path) -
     seed = random.randrange(2**31)
     packed, plain = (LLM(vl_checkpoint, kv_cache_bytes=1 << 22, block_size=size) for size in (16, 8))
     assert packed.runner.packed is not None and plain.runner.packed is None
-    plain.runner.vision._packed = None
+    plain.runner.vision.packed = None
     prompts = prompts_of(random.Random(seed), packed)
     results = [llm.generate(prompts, PARAMS, use_tqdm=False) for llm in (packed, plain)]
     for one, other in zip(*results, strict=True):
