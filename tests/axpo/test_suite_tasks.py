@@ -117,15 +117,15 @@ def test_names_that_are_asked_for_are_plain_and_the_only_ones_of_their_kind():
 
 def test_a_search_for_the_name_finds_the_answer_first():
     search = Search(path="facts")
-    found = []
+    found, guessed = [], []
     for question in sample("search", "heldout", 150):
         kind, name, attribute = (question.meta[key] for key in ("kind", "name", "attribute"))
         shown = search.call({"query": f"{kind} {name}", "max_results": 2}, []).text
         first = shown.partition("[2]")[0]
         found.append(f"The {kind} {name}\n" in first and f"{attribute} ({question.answer})" in first)
         vague = search.call({"query": f"{kind} {attribute}", "max_results": 2}, []).text
-        assert f"({question.answer})" not in vague or f"{kind} {name}\n" not in vague
-    assert np.mean(found) > 0.9, f"seed {SEED}"
+        guessed.append(f"The {kind} {name}\n" in vague)
+    assert np.mean(found) > 0.9 and np.mean(guessed) < 0.1, f"seed {SEED}"
 
 
 def test_the_facts_are_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
