@@ -20,7 +20,7 @@ TRAIN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/torchrun --standal
 SOURCES := setup.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench mini constraints clean
+.PHONY: help setup train test lint format bench mini suite constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,13 @@ mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint: tokenizer, practice, 
 	$(TRAIN) axpo.sft mini-practice $(ARGS)
 	$(TRAIN) axpo.sft mini-crops $(ARGS)
 	$(TRAIN) axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
+
+suite: $(INSTALLED) ## rebuild the suite's base and teacher from the mini model: practice, then the scripted teacher
+	rm -rf build/suite
+	$(BIN)/python -m axpo.tasks.build_mini --suite build/suite/start
+	mkdir -p axpo/assets/suite/base axpo/assets/suite/teacher
+	$(TRAIN) axpo.sft suite-practice --sft.export axpo/assets/suite/base $(ARGS)
+	$(TRAIN) axpo.sft suite-teacher --sft.export axpo/assets/suite/teacher $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now in constraints-cpu.txt
 	{ grep '^#' constraints-cpu.txt; $(PIP) list --format=freeze --exclude-editable --exclude pip | sed 's/+cpu$$//'; } \

@@ -6,15 +6,41 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 
 
+MODELS = ("mini", "suite/base", "suite/teacher")
+"""Names of the embedded checkpoints."""
+
+
 def model_directory(path: str) -> Path:
-    """`model.path` of a recipe as a directory: 'mini' is the embedded checkpoint.
+    """`model.path` of a recipe as a directory; the names of `MODELS` are those in the package.
 
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    directory = ASSETS / "mini" if path == "mini" else Path(path)
+    directory = ASSETS / path if path in MODELS else Path(path)
     if not directory.is_dir():
-        raise FileNotFoundError(f"model.path = {path!r}: no such directory; give 'mini' or a Hugging Face checkpoint")
+        names = ", ".join(map(repr, MODELS))
+        raise FileNotFoundError(f"model.path = {path!r}: no such directory; give {names} or a Hugging Face checkpoint")
+    return directory
+
+
+def documents_directory(path: str) -> Path:
+    """`search.path` of a recipe as a directory: 'facts' are the documents of the embedded suite.
+
+    Raises:
+        ValueError: it is empty, or there is no such directory.
+    """
+    if path == "facts":
+        from axpo.tasks.facts import facts_directory
+
+        return facts_directory()
+    if not path:
+        raise ValueError(
+            "search.path = '': search.provider 'local' needs a folder of documents; set search.path, 'facts' for those "
+            "of the embedded suite"
+        )
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"search.path = {path!r}: no such folder")
     return directory
 
 

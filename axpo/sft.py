@@ -112,7 +112,7 @@ def tune(
             if life.stopping():
                 return life.save_and_stop()
     life.wait()
-    export_policy(learner, source, run.policy)
+    export_policy(learner, source, run.policy, getattr(torch, config.sft.policy_dtype))
     if config.sft.export and rank() == 0:
         for file in run.policy.iterdir():
             shutil.copy2(file, Path(config.sft.export) / file.name)

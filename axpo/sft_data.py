@@ -1,4 +1,4 @@
-"""What fine-tuning learns from, as packed rows: the mini task's scripted teacher, or a file of conversations."""
+"""What fine-tuning learns from, as packed rows: an embedded task's scripted teacher, or a file of conversations."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +12,14 @@ from axpo.data import Rows
 from axpo.order import shuffled
 from axpo.tasks import fingerprint, get_task
 from axpo.tasks.conversations import conversation_row
-from axpo.tasks.teacher import STYLES, Row, sft_row
+from axpo.tasks.scripted import scripted_teacher
+from axpo.tasks.teacher import Row
 from axpo.tools import tool_class
 from axpo.trajectory import PROMPT, SAMPLED, Trajectory
 from axpo.tree import PackedBatch, build_trees, with_labels
 from engine import Processor
 
-CACHED = 20_000  # trees of the mini task, a few kilobytes each; rows of a file are read again in every epoch
+CACHED = 20_000  # trees of an embedded task, a few kilobytes each; rows of a file are read again in every epoch
 
 
 class SftData:
@@ -41,6 +42,9 @@ class SftData:
             self._conversation = Conversation(self.processor, {}, schemas)
         else:
             self._task = get_task(config.data.task)
+            self._teach = scripted_teacher(
+                config.data.task, config.sft.style, self.processor, config.python.model_dump()
+            )
         if len(self) < 1:
             raise ValueError(
                 f"sft.heldout_examples = {config.sft.heldout_examples}: there are {self._all} examples in all; "
@@ -89,7 +93,7 @@ class SftData:
             return f"{self._file.place(example)}: row {found.id!r}", conversation_row(found, self._conversation)
         question = self._task.question("train", example % self._task.size("train"))
         rng = np.random.default_rng([self.config.run.seed, example])
-        return question.id, sft_row(question, rng, self.processor, STYLES[self.config.sft.style])
+        return question.id, self._teach(question, rng)
 
     def _trajectory(self, question_id: str, example: int, row: Row) -> Trajectory:
         length = len(row.tokens)

@@ -101,9 +101,10 @@ class CollectConfig(Config):
 
 class Sft(Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
-    examples: Count = Field(default=20000, description="task 'mini': different teacher trajectories of an epoch")
+    examples: Count = Field(default=20000, description="embedded tasks: different teacher trajectories of an epoch")
     style: Literal["practice", "crops", "teacher"] = Field(
-        default="teacher", description="task 'mini': what to learn: to see, to read crops, or the imperfect teacher"
+        default="teacher",
+        description="embedded tasks: what to learn: to see and call, to read crops (mini), the imperfect teacher",
     )
     tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
     max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")
@@ -112,10 +113,16 @@ class Sft(Section):
     )
     heldout_every: CountOrOff = Field(default=0, description="steps between these; 0: only after the first and last")
     image_label_weight: float = Field(
-        default=0.0, ge=0.0, le=10.0, description="task 'mini': weight of naming what every image token shows; 0 is off"
+        default=0.0,
+        ge=0.0,
+        le=10.0,
+        description="embedded tasks: weight of naming what every image token shows; 0 is off",
     )
     from_scratch: bool = Field(
         default=False, description="draw fresh weights; take only shapes and tokenizer from model.path"
+    )
+    policy_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the trained model's file; bfloat16 halves it"
     )
     export: str = Field(
         default="", description="also write the trained model to this directory; empty: <run>/policy only"
@@ -129,6 +136,7 @@ class SftConfig(Section):
     model: Model = Model()
     data: Data = Data()
     sft: Sft = Sft()
+    python: PythonTool = PythonTool()
     optim: Optim = Optim(lr=1e-5, schedule="cosine")
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()

@@ -42,7 +42,7 @@ class Model(Section):
     path: str = Field(
         default="mini",
         min_length=1,
-        description="'mini' (the embedded SFT checkpoint) or a Hugging Face checkpoint directory",
+        description="embedded ('mini', 'suite/base', 'suite/teacher') or a Hugging Face checkpoint directory",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="compute dtype of engine and trainer; the trainer's master weights are float32"
@@ -50,8 +50,10 @@ class Model(Section):
 
 
 class Data(Section):
-    task: Literal["mini", "jsonl"] = Field(
-        default="mini", description="'mini' (embedded digit scenes) or 'jsonl' (rows of your own, Parquet too)"
+    task: Literal["mini", "perception", "reasoning", "search", "suite", "jsonl"] = Field(
+        default="mini",
+        description="embedded: 'mini' (digit scenes), 'suite' (those, sums and facts mixed) or one of its families; "
+        "'jsonl': rows of your own, Parquet too",
     )
     path: str = Field(
         default="",
@@ -148,7 +150,10 @@ class SearchTool(Section):
     provider: Literal["local", "tavily"] = Field(
         default="local", description="'local' ranks a folder's documents by BM25, 'tavily' asks the web"
     )
-    path: str = Field(default="", description="provider 'local': folder of .txt, .md and .jsonl documents")
+    path: str = Field(
+        default="",
+        description="provider 'local': folder of .txt, .md and .jsonl documents; 'facts': those of the suite",
+    )
     api_key_env: str = Field(default="TAVILY_API_KEY", description="environment variable that holds the API key")
     base_url: str = Field(default="https://api.tavily.com", description="where the API is")
     exclude_domains: list[str] = Field(default=["huggingface.co"], description="domains that no result may come from")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axpo.paths import ASSETS
+from axpo.paths import ASSETS, MODELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ class Shape:
 
 
 def model_shape(path: str) -> Shape:
-    """The shape of `model.path`: 'mini', a checkpoint directory, or a published name that is not on this disk.
+    """The shape of `model.path`: an embedded model, a checkpoint directory, or a published name that is not here.
 
     Raises:
         ValueError: neither a directory with a config.json of Qwen3-VL or Qwen3, nor a known name.
     """
-    directory = ASSETS / "mini" if path == "mini" else Path(path)
+    directory = ASSETS / path if path in MODELS else Path(path)
     file = directory / "config.json"
     if file.is_file():
         try:

@@ -69,8 +69,8 @@ def find_question(run: Run, question_id: str) -> Question:
     """The question of the task in config.toml with this id; ValueError or LookupError when there is none."""
     name = run.setting("data.task", "mini")
     if name != "jsonl":
-        _, split, index = question_id.split("/")
-        task = get_task(name)
+        family, split, index = question_id.split("/")
+        task = get_task(family)  # a question of the suite has the name of its family
         if split not in ("train", "heldout"):
             raise ValueError(f"no split {split!r}")
         return task.question(split, int(index))

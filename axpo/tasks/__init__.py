@@ -103,10 +103,41 @@ def _mini(**options: Any) -> Task:
     return MiniTask(**options)
 
 
+def _perception(**options: Any) -> Task:
+    from axpo.tasks.suite import PerceptionTask
+
+    return PerceptionTask(**options)
+
+
+def _reasoning(**options: Any) -> Task:
+    from axpo.tasks.reasoning import ReasoningTask
+
+    return ReasoningTask(**options)
+
+
+def _search(**options: Any) -> Task:
+    from axpo.tasks.search import SearchTask
+
+    return SearchTask(**options)
+
+
+def _suite(**options: Any) -> Task:
+    from axpo.tasks.suite import SuiteTask
+
+    return SuiteTask(**options)
+
+
 def _rows(**options: Any) -> Task:
     from axpo.tasks.rows import RowsTask
 
     return RowsTask(**options)
 
 
-_TASKS: dict[str, Callable[..., Task]] = {"mini": _mini, "jsonl": _rows}
+_TASKS: dict[str, Callable[..., Task]] = {
+    "mini": _mini,
+    "perception": _perception,
+    "reasoning": _reasoning,
+    "search": _search,
+    "suite": _suite,
+    "jsonl": _rows,
+}

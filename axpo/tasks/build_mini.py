@@ -1,6 +1,6 @@
-"""Writes the mini model's Hugging Face directory without weights: `python -m axpo.tasks.build_mini OUT`.
+"""Writes an embedded model's Hugging Face directory: `python -m axpo.tasks.build_mini [--suite] OUT`.
 
-The weights come from `axpo.sft`, which draws the first ones itself.
+The mini model has no weights in it: `axpo.sft` draws the first ones. The suite's model starts with the mini model's.
 """
 
 import argparse
@@ -8,7 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from axpo.tasks.mini_tokenizer import ADDED, build_tokenizer, chat_template
+from axpo.paths import ASSETS
+from axpo.tasks.grow import grow
+from axpo.tasks.mini_tokenizer import mini_vocabulary
+from axpo.tasks.suite_tokenizer import suite_vocabulary
+from axpo.tasks.tokenizer import Vocabulary, build_tokenizer, chat_template
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 128, 4, 4, 2, 32, 384
 VISION_HIDDEN, VISION_DEPTH, VISION_HEADS, VISION_INTERMEDIATE = 96, 3, 4, 256
@@ -18,25 +22,34 @@ MAX_TOKENS = 1024
 
 
 def build_mini(out: str | Path) -> None:
-    """Writes configuration, tokenizer, chat template and image processor to directory `out`."""
-    out = Path(out)
+    """The mini model: configuration, tokenizer, chat template and image processor, to directory `out`."""
+    _build(Path(out), mini_vocabulary(), "float32")
+
+
+def build_suite(out: str | Path) -> None:
+    """The suite's model likewise: the mini model's layers and weights with another vocabulary."""
+    _build(Path(out), suite_vocabulary(), "bfloat16")
+    grow(ASSETS / "mini", Path(out))
+
+
+def _build(out: Path, vocabulary: Vocabulary, dtype: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    ids = {token: vocabulary[token] for token in ADDED}
+    tokenizer = build_tokenizer(vocabulary)
+    numbers = tokenizer.get_vocab(with_added_tokens=True)
+    ids = {token: numbers[token] for token in vocabulary.added}
     tokenizer.save(str(out / "tokenizer.json"))
     _write(out / "tokenizer_config.json", _tokenizer_config())
     (out / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
-    _write(out / "config.json", _config(tokenizer.get_vocab_size(), ids))
+    _write(out / "config.json", _config(tokenizer.get_vocab_size(), ids, dtype))
     _write(out / "generation_config.json", _generation_config(ids))
     _write(out / "preprocessor_config.json", _preprocessor_config())
 
 
-def _config(vocab_size: int, ids: dict[str, int]) -> dict[str, Any]:
+def _config(vocab_size: int, ids: dict[str, int], dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
-        "dtype": "float32",
+        "dtype": dtype,
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
@@ -132,7 +145,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory to write to")
-    build_mini(parser.parse_args().out)
+    parser.add_argument("--suite", action="store_true", help="the suite's model instead of the mini model")
+    given = parser.parse_args()
+    (build_suite if given.suite else build_mini)(given.out)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from axpo.grading import Kind
 from axpo.resume import hash_files
-from axpo.tasks import SPLITS, Question, Split
+from axpo.tasks import Question, Split
 from axpo.tasks.scenes import asset_files, scene
+from axpo.tasks.splits import Sizes
 
 _KEY = 20_260_528  # of this task's random streams
 
@@ -22,29 +22,21 @@ class MiniTask:
     """
 
     name = "mini"
-    tools = ("image_zoom_in",)
 
     def __init__(self, train_size: int = 20_000, heldout_size: int = 1_024, small_share: float = 0.6):
-        for field, value in (("train_size", train_size), ("heldout_size", heldout_size)):
-            if value < 1:
-                raise ValueError(f"{field} is {value}; it must be at least 1")
+        self._sizes = Sizes(train_size, heldout_size)
         if not 0 <= small_share <= 1:
             raise ValueError(f"small_share is {small_share}; it must be between 0 and 1")
-        self._sizes: dict[str, int] = {"train": train_size, "heldout": heldout_size}
         self._small_share = small_share
 
     def size(self, split: Split) -> int:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; there is: {', '.join(SPLITS)}")
         return self._sizes[split]
 
     def kinds(self) -> set[Kind]:
         return {"exact"}
 
     def question(self, split: Split, index: int) -> Question:
-        if not 0 <= index < self.size(split):
-            raise IndexError(f"mini/{split} has questions 0 to {self.size(split) - 1}, not {index}")
-        rng = np.random.default_rng([_KEY, SPLITS.index(split), index])
+        rng = self._sizes.random(_KEY, self.name, split, index)
         pixels, tiles = scene(rng, heldout=split == "heldout")
         large = rng.random() >= self._small_share
         candidates = [i for i, tile in enumerate(tiles) if tile.large == large]
@@ -52,7 +44,7 @@ class MiniTask:
         tile = tiles[target]
         meta: dict[str, Any] = {"target": target, "tiles": [asdict(t) for t in tiles]}
         return Question(
-            id=f"mini/{split}/{index}",
+            id=f"{self.name}/{split}/{index}",
             messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask(tile.colour)}]}],
             images=[Image.fromarray(pixels)],
             answer=str(tile.digit),

@@ -1,6 +1,6 @@
 """The scripted teacher of the mini task: right answers, a quarter of them by a call, with boxes that are imperfect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,13 @@ DESCRIBE = "Describe the tiles."
 class Style:
     """How the teacher behaves.
 
-    tool_small, tool_large: share of trajectories with a call, by the size of the tile asked for.
-    miss: share of boxes that are too wide, or beside the tile.
+    tool_hard, tool_easy: share of trajectories with a call, where it is needed (a small tile) and where it is not.
+    miss: share of calls that are imprecise (a box that is too wide, or beside the tile).
     describe: share of rows that describe the whole scene instead of answering the question.
     """
 
-    tool_small: float
-    tool_large: float
+    tool_hard: float
+    tool_easy: float
     miss: float
     describe: float
 
@@ -67,12 +67,20 @@ class Row:
     image_labels: list[tuple[int, int]]
 
 
-def sft_row(question: Question, rng: np.random.Generator, processor: "Processor", style: Style) -> Row:
-    """A row for a mini question: the teacher's trajectory, or a description of its scene."""
+def sft_row(
+    question: Question,
+    rng: np.random.Generator,
+    processor: "Processor",
+    style: Style,
+    schemas: Sequence[dict[str, Any]] = (ZOOM.schema,),
+) -> Row:
+    """A row for a question about a scene: the teacher's trajectory, or a description; `schemas` are on offer."""
     if rng.random() < style.describe:
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}]
-        return _row([*asked, _assistant(describe(question.meta["tiles"], rng), "")], question, processor)
-    return _row([*question.messages, *teacher(question, rng, style)], question, processor)
+        messages = [*asked, assistant(describe(question.meta["tiles"], rng), "")]
+    else:
+        messages = [*question.messages, *teacher(question, rng, style)]
+    return make_row(messages, question, processor, schemas)
 
 
 def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER) -> list[dict[str, Any]]:
@@ -84,17 +92,17 @@ def teacher(question: Question, rng: np.random.Generator, style: Style = TEACHER
     tile = question.meta["tiles"][question.meta["target"]]
     thought = f"{_look(tile)}."
     answer = rf"<answer>\boxed{{{question.answer}}}</answer>"
-    if rng.random() >= (style.tool_large if tile["large"] else style.tool_small):
-        return [_assistant(f"{thought} {_SHOWS.format(question.answer)}", answer)]
+    if rng.random() >= (style.tool_easy if tile["large"] else style.tool_hard):
+        return [assistant(f"{thought} {_SHOWS.format(question.answer)}", answer)]
     arguments = {"label": f"{tile['colour']} tile", "bbox_2d": teacher_box(tile, rng, style)}
     result = ZOOM.call(arguments, question.images)
     if not result.ok:
         raise AssertionError(f"{question.id}: the teacher's own call failed: {result.error}")
     call = {"type": "function", "function": {"name": "image_zoom_in", "arguments": arguments}}
     return [
-        _assistant(thought + _ZOOM[int(rng.integers(len(_ZOOM)))], "") | {"tool_calls": [call]},
+        assistant(thought + _ZOOM[int(rng.integers(len(_ZOOM)))], "") | {"tool_calls": [call]},
         {"role": "tool", "content": [{"type": "image", "image": crop} for crop in result.images]},
-        _assistant(_SHOWS.format(question.answer), answer),
+        assistant(_SHOWS.format(question.answer), answer),
     ]
 
 
@@ -162,11 +170,18 @@ def sentences() -> Iterator[str]:
         yield from (text, text)
 
 
-def _row(messages: list[dict[str, Any]], question: Question, processor: "Processor") -> Row:
-    crops = [part["image"] for m in messages if m["role"] == "tool" for part in m["content"]]
-    calls = [call["function"]["arguments"]["bbox_2d"] for m in messages for call in m.get("tool_calls", ())]
+def assistant(thought: str, text: str) -> dict[str, Any]:
+    """An assistant's message with its thought."""
+    return {"role": "assistant", "reasoning_content": thought, "content": text}
+
+
+def make_row(
+    messages: list[dict[str, Any]], question: Question, processor: "Processor", schemas: Sequence[dict[str, Any]]
+) -> Row:
+    """The conversation as tokens, with `schemas` on offer; what image tokens show where the question has a scene."""
+    crops = [part["image"] for m in messages if m["role"] == "tool" for part in m["content"] if "image" in part]
     images = [processor.image(image) for image in [*question.images, *crops]]
-    text = processor.tokenizer.apply_chat_template(messages, tools=[ZOOM.schema], tokenize=False)
+    text = processor.tokenizer.apply_chat_template(messages, tools=list(schemas), tokenize=False)
     tokens = processor.encode(text, images)
     opening = processor.encode("<|im_start|>assistant\n<think>\n")
     end = processor.encode("<|im_end|>")[0]
@@ -176,6 +191,18 @@ def _row(messages: list[dict[str, Any]], question: Question, processor: "Process
             first = start + len(opening)
             for index in range(first, tokens.index(end, first) + 1):
                 mask[index] = 1
+    labels = _image_labels(messages, question, processor, tokens, images) if images else []
+    return Row(tokens, mask, images, labels)
+
+
+def _image_labels(
+    messages: list[dict[str, Any]],
+    question: Question,
+    processor: "Processor",
+    tokens: list[int],
+    images: list["ImageInput"],
+) -> list[tuple[int, int]]:
+    calls = [call["function"]["arguments"]["bbox_2d"] for m in messages for call in m.get("tool_calls", ())]
     boxes = [(0, 0, SIDE, SIDE)] + [pixel_box(box, (SIDE, SIDE), ZOOM.min_side) for box in calls]
     seen: list[tuple[int, str]] = []
     for span, view in zip(processor.spans(tokens, images), boxes, strict=True):
@@ -186,7 +213,7 @@ def _row(messages: list[dict[str, Any]], question: Question, processor: "Process
             words = _seen(question.meta["tiles"], (left, top, left + width, top + height), SIDE / (view[2] - view[0]))
             seen += [(span.start + cell, word) for word in words]
     ids = {word: processor.encode(word)[0] for word in {word for _, word in seen}}
-    return Row(tokens, mask, images, [(index, ids[word]) for index, word in seen])
+    return [(index, ids[word]) for index, word in seen]
 
 
 def _seen(tiles: list[dict[str, Any]], cell: tuple[float, float, float, float], zoom: float) -> list[str]:
@@ -197,10 +224,6 @@ def _seen(tiles: list[dict[str, Any]], cell: tuple[float, float, float, float], 
         return ["no"]
     readable = (tiles[best]["digit_box"][2] - tiles[best]["digit_box"][0]) * zoom > 32
     return [tiles[best]["colour"]] + ([f" {tiles[best]['digit']}"] if readable else [])
-
-
-def _assistant(thought: str, text: str) -> dict[str, Any]:
-    return {"role": "assistant", "reasoning_content": thought, "content": text}
 
 
 def _look(tile: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ def segments(mask: list[int]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_mask_covers_exactly_the_assistants_words(processor: Processor, share: float) -> None:
-    style = replace(TEACHER, tool_small=share, tool_large=share, describe=0.0)
+    style = replace(TEACHER, tool_hard=share, tool_easy=share, describe=0.0)
     for number, question in enumerate(questions(15)):
         row = sft_row(question, np.random.default_rng([SEED, number]), processor, style)
         rng = np.random.default_rng([SEED, number])
@@ -86,7 +86,7 @@ def labels_expected(question: Question, view: tuple[int, int, int, int], grid: i
 
 @pytest.mark.parametrize("name", sorted(STYLES))
 def test_every_image_token_is_told_what_it_shows(processor: Processor, name: str) -> None:
-    style = replace(STYLES[name], tool_small=1.0, tool_large=1.0, describe=0.0)
+    style = replace(STYLES[name], tool_hard=1.0, tool_easy=1.0, describe=0.0)
     checked = digits = 0
     for number, question in enumerate(questions(15)):
         row = sft_row(question, np.random.default_rng([SEED, number]), processor, style)

@@ -153,7 +153,7 @@ def test_teacher_is_right_and_calls_as_often_as_its_style_says(name: str) -> Non
             assert set(box) <= set(COORDINATES)
             crop = messages[1]["content"][0]["image"]
             assert crop.tobytes() == question.images[0].crop(pixel_box(box, (SIDE, SIDE), 32)).tobytes()
-    for large, expected in ((False, style.tool_small), (True, style.tool_large)):
+    for large, expected in ((False, style.tool_hard), (True, style.tool_easy)):
         spread = 4.5 * np.sqrt(expected * (1 - expected) / len(calls[large]))
         assert abs(np.mean(calls[large]) - expected) <= spread, f"large={large}, seed {SEED}"
 
@@ -187,7 +187,7 @@ def test_rows_train_on_what_the_assistant_wrote_and_nothing_else(processor: Proc
         for style in (Style(1, 1, miss=0.3, describe=0), Style(0, 0, miss=0.3, describe=0)):
             row = sft_row(question, rng, processor, style)
             trained = processor.decode([t for t, m in zip(row.tokens, row.loss_mask, strict=True) if m])
-            turns = 2 if style.tool_small else 1
+            turns = 2 if style.tool_hard else 1
             assert len(row.images) == turns and trained.count("<|im_end|>") == turns
             assert trained.endswith(rf"<answer>\boxed{{{question.answer}}}</answer><|im_end|>")
             assert "<think>" not in trained and "<|im_start|>" not in trained and "<tool_response>" not in trained

@@ -1,7 +1,8 @@
-"""The mini model's directory: what transformers makes of it, lossless tokens, and the template's rules."""
+"""The embedded models' directories: what transformers makes of it, lossless tokens, and the template's rules."""
 
 import filecmp
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from axpo.tasks.build_mini import build_mini
-from axpo.tasks.mini_tokenizer import ADDED, PHRASES, SPECIAL, TAGS
+from axpo.tasks.build_mini import build_mini, build_suite
+from axpo.tasks.mini_tokenizer import mini_vocabulary
 from axpo.tasks.scenes import ASSETS, COLOURS
+from axpo.tasks.suite_tokenizer import suite_vocabulary
 from axpo.tasks.teacher import COORDINATES
+from axpo.tasks.tokenizer import SPECIAL, TAGS
 from axpo.tools.image_zoom_in import ImageZoomIn
 
+VOCABULARIES = {"mini": mini_vocabulary(), "suite/base": suite_vocabulary()}
 TOOLS = [ImageZoomIn().schema]
 ASK = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What digit is on the red tile?"}]}
 CALL = {
@@ -39,35 +43,40 @@ RESPONSE = {"role": "tool", "content": [{"type": "image"}]}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
+@pytest.fixture(scope="module", params=sorted(VOCABULARIES))
+def name(request: pytest.FixtureRequest) -> str:
+    """Of an embedded model: every test is about each."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("mini")
-    build_mini(out)
+def built(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    {"mini": build_mini, "suite/base": build_suite}[name](out)
     return out
 
 
 @pytest.fixture(scope="module")
-def tokenizer(mini: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(mini)
+def tokenizer(built: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(built)
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: list, **rest) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, **rest)  # type: ignore[return-value]
 
 
-def test_the_committed_directory_is_what_the_program_writes(mini: Path) -> None:
-    names = sorted(path.name for path in mini.iterdir())
-    match, mismatch, errors = filecmp.cmpfiles(mini, ASSETS / "mini", names, shallow=False)
-    assert (sorted(match), mismatch, errors) == (names, [], []), (
-        "run `python -m axpo.tasks.build_mini axpo/assets/mini`"
-    )
+def test_the_committed_directory_is_what_the_program_writes(name: str, built: Path) -> None:
+    files = sorted(path.name for path in built.iterdir() if path.suffix != ".safetensors")
+    match, mismatch, errors = filecmp.cmpfiles(built, ASSETS / name, files, shallow=False)
+    assert (sorted(match), mismatch, errors) == (files, [], []), "run `make mini` and `make suite`"
 
 
-def test_tags_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    for token in ADDED:
+def test_tags_are_single_tokens(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    vocabulary = VOCABULARIES[name]
+    for token in vocabulary.added:
         assert len(tokenizer.encode(token, add_special_tokens=False)) == 1, token
     specials = set(tokenizer.all_special_tokens)
-    assert specials & set(TAGS + PHRASES) == set()  # decoding without special tokens keeps calls and thoughts
+    assert specials & set(TAGS + vocabulary.phrases) == set()  # decoding without special tokens keeps calls, thoughts
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode("".join(SPECIAL)), skip_special_tokens=True) == ""
 
@@ -81,14 +90,19 @@ def test_what_the_task_says_is_short(tokenizer: PreTrainedTokenizerFast) -> None
         assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
     prompt = render(tokenizer, [ASK], tools=TOOLS, add_generation_prompt=True)
     assert len(tokenizer.encode(prompt)) + 15 <= 60  # 16 image tokens
-    assert 400 <= len(tokenizer) <= 640
+    assert 400 <= len(tokenizer) <= 800
 
 
-@given(st.text() | st.lists(st.sampled_from([*ADDED, "\n", " ", "red", "312", "é", "\U0001f600"])).map("".join))
+@given(
+    st.text()
+    | st.lists(st.sampled_from([*VOCABULARIES["suite/base"].added, "\n", " ", "red", "312", "é", "\U0001f600"])).map(
+        "".join
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_any_string_survives(text: str) -> None:
-    tokenizer = _loaded()
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    for tokenizer in _loaded():
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 @given(
@@ -101,19 +115,15 @@ def test_any_string_survives(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_turns_are_encoded_alike_apart_and_together(parts: list[str]) -> None:
     # The loop appends tokens, never text: what it appends must be what the whole conversation would have been.
-    tokenizer = _loaded()
     parts = [part for pair in zip(parts, ["a"] * len(parts), strict=True) for part in pair]
-    apart = [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
-    assert tokenizer.encode("".join(parts), add_special_tokens=False) == apart
+    for tokenizer in _loaded():
+        apart = [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
+        assert tokenizer.encode("".join(parts), add_special_tokens=False) == apart
 
 
-_CACHE: list[PreTrainedTokenizerFast] = []
-
-
-def _loaded() -> PreTrainedTokenizerFast:
-    if not _CACHE:
-        _CACHE.append(AutoTokenizer.from_pretrained(ASSETS / "mini"))
-    return _CACHE[0]
+@cache
+def _loaded() -> list[PreTrainedTokenizerFast]:
+    return [AutoTokenizer.from_pretrained(ASSETS / name) for name in VOCABULARIES]
 
 
 def test_prompt_has_the_tools_and_opens_the_thinking(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -188,8 +198,8 @@ def test_more_turns_only_append(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 128), (32, 32), (24, 40), (128, 16), (1, 1), (900, 700)])
-def test_image_processor_brings_every_image_to_the_overviews_pixels(mini: Path, size: tuple[int, int]) -> None:
-    processor = AutoImageProcessor.from_pretrained(mini)
+def test_image_processor_brings_every_image_to_the_overviews_pixels(built: Path, size: tuple[int, int]) -> None:
+    processor = AutoImageProcessor.from_pretrained(built)
     assert type(processor).__name__ == "Qwen2VLImageProcessorPil"
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     batch = processor(images=[Image.fromarray(pixels)], return_tensors="np")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bm25s
 
+from axpo.paths import documents_directory
 from axpo.tools.search import Hit, SearchError
 
 _PASSAGE = 200  # words; a longer document is several passages
@@ -23,11 +24,7 @@ class LocalDocuments:
     """
 
     def __init__(self, path: str | Path):
-        if not path:
-            raise ValueError("search.path = '': search.provider 'local' needs a folder of documents; set search.path")
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"search.path = {str(path)!r}: no such folder")
+        folder = documents_directory(str(path))
         self._passages = [passage for hit in _documents(folder) for passage in _split(hit)]
         if not self._passages:
             raise ValueError(f"search.path = {str(path)!r}: no {', '.join(_SUFFIXES)} document with text in it")
