@@ -56,7 +56,8 @@ suite: $(INSTALLED) ## rebuild the suite's base and teacher from the mini model:
 	rm -rf build/suite
 	$(BIN)/python -m axpo.tasks.build_mini --suite build/suite/start
 	mkdir -p axpo/assets/suite/base axpo/assets/suite/teacher
-	$(TRAIN) axpo.sft suite-practice --sft.export axpo/assets/suite/base $(ARGS)
+	$(TRAIN) axpo.sft suite-practice $(ARGS)
+	$(TRAIN) axpo.sft suite-copying --sft.export axpo/assets/suite/base $(ARGS)
 	$(TRAIN) axpo.sft suite-teacher --sft.export axpo/assets/suite/teacher $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now in constraints-cpu.txt

@@ -102,9 +102,9 @@ class CollectConfig(Config):
 class Sft(Section):
     batch_size: Count = Field(default=64, description="teacher trajectories of a step, over all ranks")
     examples: Count = Field(default=20000, description="embedded tasks: different teacher trajectories of an epoch")
-    style: Literal["practice", "crops", "teacher"] = Field(
+    style: Literal["practice", "crops", "copying", "teacher"] = Field(
         default="teacher",
-        description="embedded tasks: what to learn: to see and call, to read crops (mini), the imperfect teacher",
+        description="embedded tasks: what to learn: to see and call, to read crops (mini), to copy (suite), the imperfect teacher",
     )
     tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
     max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")

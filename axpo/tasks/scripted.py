@@ -9,7 +9,7 @@ import numpy as np
 from axpo.tasks import Question
 from axpo.tasks.suite import TOOLS
 from axpo.tasks.teacher import STYLES, ZOOM, Row, Style, make_row, sft_row
-from axpo.tasks.text_teacher import text_teacher
+from axpo.tasks.text_teacher import copying, text_teacher
 from axpo.tools import get_tools
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ SUITE_STYLES: dict[str, dict[str, Style]] = {
         "perception": Style(0.7, 0.3, miss=0.0, describe=0.4),
         "reasoning": Style(0.7, 0.3, miss=0.0, describe=0.0),
         "search": Style(0.7, 0.3, miss=0.0, describe=0.0),
+    },
+    "copying": {
+        "perception": Style(0.7, 0.3, miss=0.0, describe=0.2),
+        "reasoning": Style(0.7, 0.3, miss=0.0, describe=0.5),
+        "search": Style(0.7, 0.3, miss=0.0, describe=0.5),
     },
     "teacher": {
         "perception": Style(0.43, 0.08, miss=0.55, describe=0.0),
@@ -51,9 +56,12 @@ def scripted_teacher(task: str, style: str, processor: "Processor", python: Mapp
 
     def teach(question: Question, rng: np.random.Generator) -> Row:
         family = question.meta["family"]
+        manner = SUITE_STYLES[style][family]
         if family == "perception":
-            return sft_row(question, rng, processor, SUITE_STYLES[style][family], schemas)
-        said = text_teacher(question, rng, SUITE_STYLES[style][family], sessions)
+            return sft_row(question, rng, processor, manner, schemas)
+        if manner.describe and rng.random() < manner.describe:
+            return make_row(copying(rng), question, processor, schemas)
+        said = text_teacher(question, rng, manner, sessions)
         return make_row([*question.messages, *said], question, processor, schemas)
 
     return teach

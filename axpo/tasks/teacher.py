@@ -32,7 +32,7 @@ class Style:
 
     tool_hard, tool_easy: share of trajectories with a call, where it is needed (a small tile) and where it is not.
     miss: share of calls that are imprecise (a box that is too wide, or beside the tile).
-    describe: share of rows that describe the whole scene instead of answering the question.
+    describe: share of rows that describe the whole scene, or copy a text, instead of answering the question.
     """
 
     tool_hard: float

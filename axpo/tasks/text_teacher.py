@@ -27,6 +27,7 @@ _KNOWS = {"reasoning": "I do it in my head.", "search": "I know this one."}
 _READS = {"reasoning": "I read the output.", "search": "I read the first result."}
 _AGAIN = {"reasoning": "There is no output. I print it.", "search": "There is no result. I search for the name."}
 _TOOL = {"reasoning": "python", "search": "tavily-search"}
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NOTHING = ("(no output)", "No results.")
 
 
@@ -57,6 +58,18 @@ def text_teacher(
             return [*messages, assistant(_READS[family], _answer(_read(question, shown.text)))]
         thought = _AGAIN[family]
         arguments = _code(question, rng, False) if family == "reasoning" else _query(question, rng, False)
+
+
+def copying(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A conversation in which what the user wrote, words and numbers that mean nothing, is said again."""
+    parts = []
+    for _ in range(int(rng.integers(4, 9))):
+        if rng.random() < 0.5:
+            parts.append("".join(_LETTERS[i] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 11))).capitalize())
+        else:
+            parts.append("".join(map(str, rng.integers(10, size=rng.integers(2, 8)))))
+    text = " ".join(parts)
+    return [{"role": "user", "content": text}, assistant(text, "")]
 
 
 def _call(tool: Tool, arguments: dict[str, Any]) -> ToolResult:

@@ -132,5 +132,5 @@ def test_every_family_has_rows_and_a_wrong_style_is_refused(processor: Processor
         row = teach(suite.question("train", index), np.random.default_rng(index))
         assert sum(row.loss_mask) > 5 and len(row.tokens) <= 260
         assert bool(row.images) == bool(row.image_labels) == (index % 3 == 0)
-    with pytest.raises(ValueError, match=r"sft\.style = 'crops': task 'suite' has practice, teacher"):
+    with pytest.raises(ValueError, match=r"sft\.style = 'crops': task 'suite' has practice, copying, teacher"):
         scripted_teacher("suite", "crops", processor, {})
