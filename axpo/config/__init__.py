@@ -104,7 +104,7 @@ class Sft(Section):
     examples: Count = Field(default=20000, description="embedded tasks: different teacher trajectories of an epoch")
     style: Literal["practice", "crops", "copying", "teacher"] = Field(
         default="teacher",
-        description="embedded tasks: what to learn: to see and call, to read crops (mini), to copy (suite), the imperfect teacher",
+        description="embedded tasks: what to learn: to see and call, read crops (mini), copy (suite), or the teacher",
     )
     tools: list[str] = Field(default=["image_zoom_in"], description="task 'jsonl': tools that the prompts offer")
     max_tokens: Count = Field(default=16384, description="tokens of the longest trajectory, images included")

@@ -65,7 +65,8 @@ def copying(rng: np.random.Generator) -> list[dict[str, Any]]:
     parts = []
     for _ in range(int(rng.integers(4, 9))):
         if rng.random() < 0.5:
-            parts.append("".join(_LETTERS[i] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 11))).capitalize())
+            letters = rng.integers(len(_LETTERS), size=rng.integers(2, 11))
+            parts.append("".join(_LETTERS[letter] for letter in letters).capitalize())
         else:
             parts.append("".join(map(str, rng.integers(10, size=rng.integers(2, 8)))))
     text = " ".join(parts)

@@ -39,14 +39,13 @@ def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
         tool.close()
 
 
-@pytest.mark.parametrize("family", ["perception", "reasoning", "search"])
-def test_it_calls_the_tool_of_the_family_and_is_right_with_it(agent: Agent, family: str):
+@pytest.mark.parametrize(("family", "wanted"), list(zip(("perception", "reasoning", "search"), TOOLS, strict=True)))
+def test_it_calls_the_tool_of_the_family_and_is_right_with_it(agent: Agent, family: str, wanted: str):
     task = get_task(family)
     questions = [(index, task.question("heldout", index)) for index in range(24)]
     groups = agent.rollouts(0, questions, 4, Limits(max_turns=3, max_new_tokens=128, max_tokens=640))
     branches = [branch for group in groups for branch in group]
     calls = [call for branch in branches for call in branch.calls]
-    wanted = dict(zip(("perception", "reasoning", "search"), TOOLS, strict=True))[family]
     assert sum(call.name == wanted for call in calls) >= 0.9 * len(calls) > 5
     assert sum(call.ok for call in calls) >= 0.8 * len(calls)
     assert sum(branch.reward for branch in branches if branch.calls) >= 0.2 * sum(bool(b.calls) for b in branches)

@@ -13,7 +13,7 @@ from axpo.tasks import Question, get_task
 from axpo.tasks.scripted import SUITE_STYLES, scripted_teacher
 from axpo.tasks.suite import TOOLS
 from axpo.tasks.teacher import Style, make_row
-from axpo.tasks.text_teacher import NOTHING, text_teacher
+from axpo.tasks.text_teacher import NOTHING, copying, text_teacher
 from axpo.tools import Tool, get_tools
 from engine import Processor
 
@@ -134,3 +134,15 @@ def test_every_family_has_rows_and_a_wrong_style_is_refused(processor: Processor
         assert bool(row.images) == bool(row.image_labels) == (index % 3 == 0)
     with pytest.raises(ValueError, match=r"sft\.style = 'crops': task 'suite' has practice, copying, teacher"):
         scripted_teacher("suite", "crops", processor, {})
+
+
+def test_copying_says_the_users_text_again(processor: Processor):
+    rng, seen = np.random.default_rng(SEED), set()
+    for _ in range(20):
+        asked, said = copying(rng)
+        assert asked["content"] == said["reasoning_content"] and asked["role"] == "user"
+        seen.add(asked["content"])
+        row = make_row([asked, said], questions("search", 1)[0], processor, [])
+        trained = [token for token, mask in zip(row.tokens, row.loss_mask, strict=True) if mask]
+        assert processor.decode(trained).startswith(f"{asked['content']}\n</think>")
+    assert len(seen) == 20
