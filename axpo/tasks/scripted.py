@@ -32,7 +32,7 @@ SUITE_STYLES: dict[str, dict[str, Style]] = {
         "search": Style(0.45, 0.1, miss=0.1, describe=0.0),
     },
 }
-"""By style and family; what each is for: `axpo.tasks.teacher`. In text few slips are needed: copying fails often enough."""
+"""By style and family; what each is for: `axpo.tasks.teacher`. In text copying fails often: few slips are needed."""
 
 
 class Teach(Protocol):
