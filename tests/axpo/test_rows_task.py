@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from axpo.data import INSTRUCTION, DataError
+from axpo.data import INSTRUCTION, DataError, Rows
+from axpo.data.__main__ import export_file
 from axpo.tasks import get_task
 from axpo.tasks.rows import RowsTask
 
@@ -140,3 +141,22 @@ def test_files_that_hold_no_rows(tmp_path: Path):
     good = write(tmp_path / "good.jsonl", row(images=[]))
     with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
         RowsTask(good, tmp_path / "empty.jsonl")
+
+
+def test_questions_of_a_task_as_rows_are_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    export_file("mini", tmp_path / "rows.parquet", split="heldout", count=3)
+    assert "3 of 1024 questions of mini" in capsys.readouterr().out
+    task, rows = get_task("mini"), get_task("jsonl", path=tmp_path / "rows.parquet")
+    assert rows.size("train") == 3
+    for index in range(3):
+        asked, again = task.question("heldout", index), rows.question("train", index)
+        assert (again.id, again.messages, again.answer, again.rubric) == (
+            asked.id,
+            asked.messages,
+            asked.answer,
+            asked.rubric,
+        )
+        assert [image.tobytes() for image in again.images] == [image.tobytes() for image in asked.images]
+        assert again.meta == json.loads(json.dumps(asked.meta))
+    export_file(str(tmp_path / "rows.parquet"), tmp_path / "two.jsonl", count=2)
+    assert [row.id for row in Rows(tmp_path / "two.jsonl")] == ["mini/heldout/0", "mini/heldout/1"]
