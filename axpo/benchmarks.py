@@ -1,9 +1,10 @@
 """A checkpoint on benchmarks: every finished question is on disk, so that an evaluation goes on where it ended.
 
-A line a sample, in the words of both common toolkits (docs/evaluation.md): lmms-eval's doc_id, target, resps and
-filtered_resps, VLMEvalKit's index, question, answer, prediction and hit.
+A line a sample, in the words of both common toolkits (docs/evaluation.md): lmms-eval's doc_id, doc_hash, input, target,
+resps and filtered_resps, VLMEvalKit's index, question, answer, prediction and hit.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -194,17 +195,20 @@ def _line(agent: "Agent", benchmark: str, repeat: int, sample: int, branch: "Bra
     processor, tokens = agent.conversation.processor, branch.sequence.token_ids
     last = processor.decode(tokens[branch.turn_start :])
     given = final_answer(last, thinking=agent.conversation.thinks) if branch.status == "answered" else None
+    asked = json.dumps([branch.question.id, branch.question.text, branch.question.answer])
     return {
         "benchmark": benchmark,
         "doc_id": branch.group,
+        "doc_hash": hashlib.sha256(asked.encode()).hexdigest(),
         "index": branch.question.id,
         "repeat": repeat,
         "sample": sample,
+        "input": branch.question.text,
         "question": branch.question.text,
         "answer": branch.question.answer,
         "target": branch.question.answer,
-        "prediction": given,
-        "filtered_resps": [given],
+        "prediction": given or "",
+        "filtered_resps": [given or ""],
         "resps": [[processor.decode(tokens[branch.prompt_len :])]],
         "hit": int(branch.reward),
         "score": branch.score,

@@ -7,10 +7,12 @@ checkpoints, and the table of them.
 
 import shlex
 import time
+from contextlib import closing
 from pathlib import Path
 
 from axpo.cli import ConfigError, exit_with, load_config
 from axpo.config import CollectConfig, Config, PipelineConfig, SftConfig, Stages
+from axpo.paths import model_directory
 from axpo.stages import Record, Runner, Stage, locked
 from axpo.tasks import task_names
 
@@ -36,7 +38,8 @@ def stages(config: Stages) -> list[Stage]:
 
     rows = {"data.task": "jsonl", "data.path": questions}
     teacher, student, sft = out / "teacher", out / "student", out / "sft"
-    words = _words("collect", config.collect, {"model.path": config.teacher, "collect.out": str(teacher), **rows})
+    told = {"model.path": config.teacher, "collect.out": str(teacher), **rows}
+    words = _words("collect", f"{config.collect} {config.teacher_fields}", told)
     made.append(Stage("teacher", "axpo.collect", words, teacher / "outcomes", CollectConfig, needs=asked))
 
     told = {"model.path": config.base, "data.task": "jsonl", "data.path": str(teacher / "rows")}
@@ -63,7 +66,8 @@ def stages(config: Stages) -> list[Stage]:
 
     for name, folder in evaluations(config).items():
         path, needs = models[name]
-        words = _words("evaluate", config.evaluate, {"model.path": path, "eval.out": str(folder)})
+        given = f"{config.evaluate} {config.teacher_fields}" if name == "teacher" else config.evaluate
+        words = _words("evaluate", given, {"model.path": path, "eval.out": str(folder)})
         made.append(Stage(f"evaluate-{name}", "axpo.evaluate", words, folder / "summary.json", Config, needs=needs))
     return made
 
@@ -72,6 +76,30 @@ def evaluations(config: Stages) -> dict[str, Path]:
     """Where the results of each evaluated checkpoint are, in the order of the table."""
     names = ["teacher", "base", "sft", *(f"sft+{entry.partition('=')[0]}" for entry in config.rl)]
     return {name: Path(config.dir) / config.name / "evaluated" / name for name in names}
+
+
+def check(config: Stages, planned: list[Stage]) -> None:
+    """What the last stages need, before the first one starts.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint or a benchmark is not there, or a benchmark's grader is not.
+    """
+    from axpo.benchmarks import open_benchmarks
+    from axpo.grading import Grader
+
+    for field in ("teacher", "base"):
+        try:
+            model_directory(getattr(config, field))
+        except FileNotFoundError as error:
+            raise ValueError(f"pipeline.{field}: {error}") from None
+    settings = planned[-1].config()
+    assert isinstance(settings, Config)
+    with closing(Grader(settings.judge)) as grader:
+        benchmarks = open_benchmarks(settings)
+        for benchmark in benchmarks.values():
+            grader.check(benchmark.task.kinds())
+    if not benchmarks:
+        raise ValueError(f"pipeline.evaluate = {config.evaluate!r}: names no benchmarks; give --eval.benchmarks")
 
 
 def _run(config: Stages, name: str) -> dict[str, str]:
@@ -94,6 +122,8 @@ def main() -> None:
         planned = stages(config)
         with locked(folder) as lock:
             record = Record(folder / "stages", planned)
+            if len(record.finished) < len(planned):
+                check(config, planned)
             run_stages(planned, record, Runner(lock), config.nproc)
     except (ValueError, OSError) as error:
         exit_with("axpo.pipeline", error)

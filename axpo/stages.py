@@ -39,15 +39,17 @@ class Stage:
     needs: tuple[str, ...] = ()
     resumes: Path | None = None
 
-    def settings(self) -> dict[str, Any]:
-        """What its result depends on; ConfigError when its words are wrong."""
-        if self.schema is None:
-            return {"words": self.words}
+    def config(self) -> BaseModel | None:
+        """Its configuration, None of a command without one; ConfigError when its words are wrong."""
         try:
-            config = resolve(self.schema, self.words, recipe=self.recipe)
+            return self.schema and resolve(self.schema, self.words, recipe=self.recipe)
         except ConfigError as error:
             raise ConfigError("\n".join(f"stage {self.name}: {line}" for line in str(error).splitlines())) from None
-        return config.model_dump(mode="json")
+
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on."""
+        config = self.config()
+        return {"words": self.words} if config is None else config.model_dump(mode="json")
 
     def command(self, nproc: int) -> list[str]:
         """As it is started now; on `nproc` processes where it takes a recipe."""

@@ -17,6 +17,10 @@ class Stages(Section):
     dir: str = Field(default="runs", min_length=1, description="parent of that folder")
     nproc: Count = Field(default=1, description="processes of a stage; above 1 by torchrun, one a GPU")
     teacher: str = Field(default="mini", description="checkpoint that the trajectories to learn from are sampled from")
+    teacher_fields: str = Field(
+        default="",
+        description="fields of its collection and evaluation alone, such as a smaller rollout.kv_cache_bytes",
+    )
     base: str = Field(default="mini", description="checkpoint that is fine-tuned on them, the student")
     questions: str = Field(default="mini", description="training questions: a file of rows, or an embedded task")
     count: CountOrOff = Field(default=0, description="first of them that are used; 0: all")

@@ -59,9 +59,7 @@ def test_a_file_of_rows_is_what_the_embedded_set_is(tmp_path: Path, agent: Agent
         assert one["filtered_resps"] == [one["prediction"]] and one["answer"] == one["target"]
         assert one["used_tool"] == bool(one["tools"])
         assert one["resps"][0][0].count("<tool_response>") == one["turns"] - 1 <= len(one["tools"])
-        right = one["prediction"] is not None and Grader().compare(
-            one["prediction"], Rubric((one["answer"],), "number")
-        )
+        right = one["prediction"] and Grader().compare(one["prediction"], Rubric((one["answer"],), "number"))
         assert one["hit"] == int(bool(right) and right.reward)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["benchmarks"]["copy"]["pass_1"]["repeats"] == list(made["copy"].pass_1)

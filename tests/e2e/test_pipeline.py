@@ -66,7 +66,15 @@ def test_killed_it_goes_on_and_ends_with_the_table(tmp_path: Path):
 
 
 def test_a_stage_that_fails_stops_it_with_its_message(tmp_path: Path):
-    done = axpo("pipeline", *WORDS, "--pipeline.dir", str(tmp_path), "--pipeline.teacher", str(tmp_path / "gone"))
+    (tmp_path / "empty").mkdir()
+    done = axpo("pipeline", *WORDS, "--pipeline.dir", str(tmp_path), "--pipeline.teacher", str(tmp_path / "empty"))
     assert done.returncode == 1
-    assert "axpo.collect: error: model.path" in done.stderr and "stage teacher ended with 2" in done.stderr
+    assert "axpo.collect: error: " in done.stderr and "stage teacher ended with 2" in done.stderr
     assert [file.name for file in (tmp_path / "tiny/stages").iterdir()] == ["questions.json"]
+
+
+def test_what_the_last_stage_lacks_stops_it_before_the_first(tmp_path: Path):
+    words = [*WORDS, "--pipeline.dir", str(tmp_path)]
+    done = axpo("pipeline", *words, "--pipeline.evaluate", "mini --eval.benchmarks gone.parquet")
+    assert done.returncode == 2 and "eval.benchmarks = 'gone.parquet': gone.parquet: cannot be read" in done.stderr
+    assert not (tmp_path / "tiny/questions.parquet").exists()

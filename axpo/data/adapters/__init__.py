@@ -32,7 +32,7 @@ ADAPTERS: dict[str, Adapter] = {
     "virl39k": Adapter(training.virl39k, "TIGER-Lab/ViRL39K", 38_870),
     "fvqa": Adapter(training.fvqa, "lmms-lab/FVQA"),
     "pyvision-rl": Adapter(training.pyvision_rl, "Agents-X/PyVision-Image-RL-Data"),
-    "mmfinereason": Adapter(training.mmfinereason, "OpenDataArena/MMFineReason-1.8M"),
+    "mmfinereason": Adapter(training.mmfinereason, "OpenDataArena/MMFineReason-1.8M-Qwen3-VL-235B-Thinking"),
     "mathvision": Adapter(reasoning.mathvision, "MathLLMs/MathVision, split testmini", 304, family="reasoning"),
     "dynamath": Adapter(reasoning.dynamath, "DynaMath/DynaMath_Sample, one variant", 501, family="reasoning"),
     "math-vr": Adapter(reasoning.math_vr, "gogoduan/Math-VR-bench", 2_500, family="reasoning"),
