@@ -1,5 +1,9 @@
 """What the pipeline's stages are told, and when a finished one counts."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import pytest
 from axpo.cli import ConfigError, resolve
 from axpo.config import PipelineConfig, Stages
 from axpo.pipeline import evaluations, stages
-from axpo.stages import Record, Stage
+from axpo.stages import Record, Stage, locked
 
 
 def config(tmp_path: Path, **options: Any) -> Stages:
@@ -103,3 +107,41 @@ def test_a_finished_stage_counts_with_the_same_settings_only(tmp_path: Path):
     Record(tmp_path / "done", planned).finish(planned[1], 1.0)
     with pytest.raises(ValueError, match="stage sft was run with the results of another teacher"):
         Record(tmp_path / "done", planned)
+
+
+SAVING = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1.0)
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from axpo.stages import Runner, locked
+with locked(Path(sys.argv[1])) as lock:
+    runner = Runner(lock)
+    code = runner.run([sys.executable, "-c", sys.argv[2], sys.argv[3]])
+    print(code, runner.stopped.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stage_saves_when_the_pipeline_ends_and_the_folder_is_locked_until_then(tmp_path: Path, number: int):
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "p"), SAVING, str(tmp_path / "saved")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    parent.send_signal(number)
+    if number == signal.SIGKILL:
+        parent.wait()
+        assert not (tmp_path / "saved").exists(), "it still saves"
+        with locked(tmp_path / "p"):
+            assert (tmp_path / "saved").read_text() == "saved"
+    else:
+        assert parent.stdout.readline() == f"0 {signal.Signals(number).name}\n" and parent.wait() == 0
+        assert (tmp_path / "saved").read_text() == "saved"
