@@ -53,6 +53,11 @@ def test_a_file_of_rows_is_what_the_embedded_set_is(tmp_path: Path, agent: Agent
     assert len(own) == 12 and [one["resps"] for one in own] == [one["resps"] for one in copy]
     assert len({str(one["resps"]) for one in own}) > 3, "repeats and samples must differ"
     assert made["mini"].pass_1 == made["copy"].pass_1 and made["mini"].questions == 3
+    # What lmms-eval's samples_*.jsonl and VLMEvalKit's records have, in their types.
+    texts = ("doc_hash", "input", "target", "index", "question", "answer", "prediction")
+    assert all(isinstance(one[name], str) for one in own for name in texts)
+    assert all(isinstance(one["doc_id"], int) and one["hit"] in (0, 1) for one in own)
+    assert len({one["doc_hash"] for one in own}) == 3 == len({(one["doc_id"], one["doc_hash"]) for one in own})
     order = [(one["repeat"], one["doc_id"], one["sample"]) for one in own]
     assert order == [(r, d, s) for r in range(2) for d in range(3) for s in range(2)]
     for one in copy:

@@ -143,20 +143,21 @@ def test_files_that_hold_no_rows(tmp_path: Path):
         RowsTask(good, tmp_path / "empty.jsonl")
 
 
-def test_questions_of_a_task_as_rows_are_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    export_file("mini", tmp_path / "rows.parquet", split="heldout", count=3)
-    assert "3 of 1024 questions of mini" in capsys.readouterr().out
-    task, rows = get_task("mini"), get_task("jsonl", path=tmp_path / "rows.parquet")
-    assert rows.size("train") == 3
+@pytest.mark.parametrize("name", ["mini", "reasoning", "search", "suite"])
+def test_questions_of_a_task_as_rows_are_the_same_questions(tmp_path: Path, name: str):
+    export_file(name, tmp_path / "rows.parquet", split="heldout", count=3)
+    task, rows = get_task(name), get_task("jsonl", path=tmp_path / "rows.parquet")
+    assert rows.size("train") == 3 and rows.kinds() <= task.kinds()
     for index in range(3):
         asked, again = task.question("heldout", index), rows.question("train", index)
-        assert (again.id, again.messages, again.answer, again.rubric) == (
-            asked.id,
-            asked.messages,
-            asked.answer,
-            asked.rubric,
-        )
+        for field in ("id", "messages", "answer", "rubric"):
+            assert getattr(again, field) == getattr(asked, field)
         assert [image.tobytes() for image in again.images] == [image.tobytes() for image in asked.images]
         assert again.meta == json.loads(json.dumps(asked.meta))
+
+
+def test_rows_are_exported_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    export_file("mini", tmp_path / "rows.parquet", count=3)
     export_file(str(tmp_path / "rows.parquet"), tmp_path / "two.jsonl", count=2)
-    assert [row.id for row in Rows(tmp_path / "two.jsonl")] == ["mini/heldout/0", "mini/heldout/1"]
+    assert [row.id for row in Rows(tmp_path / "two.jsonl")] == ["mini/train/0", "mini/train/1"]
+    assert "2 of 3 questions of" in capsys.readouterr().out
