@@ -102,7 +102,7 @@ def compare(folders: Mapping[str, Path], k: int = 0) -> Comparison:
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """By family, by benchmark, tool use, and every two models."""
+    """By family, by benchmark where these are not the same, tool use, and every two models."""
     k, models = comparison.k, list(comparison.results)
     means = {model: comparison.averages(model) for model in models}
     first = comparison.results[models[0]]
@@ -111,11 +111,10 @@ def sheets(comparison: Comparison) -> list[Sheet]:
     title = f"Pass@1 / Pass@{k} by family, {len(first)} benchmarks, {count} questions, {repeats} times"
     by_family = [[model, *map(_passes, means[model].values())] for model in models]
     by_benchmark = [[model, *map(_passes, comparison.results[model].values())] for model in models]
-    shown = [
-        Sheet(title, ["", *means[models[0]]], by_family),
-        Sheet(f"Pass@1 / Pass@{k} by benchmark", ["", *first], by_benchmark),
-        _use_sheet(comparison),
-    ]
+    shown = [Sheet(title, ["", *means[models[0]]], by_family)]
+    if list(first) != list(families(first)):
+        shown.append(Sheet(f"Pass@1 / Pass@{k} by benchmark", ["", *first], by_benchmark))
+    shown.append(_use_sheet(comparison))
     return shown + ([_pairs_sheet(comparison), _shared_sheet(comparison)] if comparison.pairs else [])
 
 

@@ -74,8 +74,7 @@ def stages(config: Stages) -> list[Stage]:
 
 def evaluations(config: Stages) -> dict[str, Path]:
     """Where the results of each evaluated checkpoint are, in the order of the table."""
-    names = ["teacher", "base", "sft", *(f"sft+{entry.partition('=')[0]}" for entry in config.rl)]
-    return {name: Path(config.dir) / config.name / "evaluated" / name for name in names}
+    return {name: Path(config.dir) / config.name / "evaluated" / name for name in config.checkpoints}
 
 
 def check(config: Stages, planned: list[Stage]) -> None:

@@ -20,6 +20,8 @@ from axpo.rundir import write_json
 
 _WAIT_S = 300.0  # for a stage that a killed pipeline left: it saves its step and ends
 _PR_SET_PDEATHSIG = 1
+# What a result does not depend on.
+_FREE = ("run.resume", "run.time_limit", "run.timeout_s", "checkpoint.", "log.", "debug.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,11 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value, value) of what is not the same; run.resume is for one life only."""
+    """(dotted name, value, value) of the settings that both have and that are not the same."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now and name != "run.resume":
+        for key in before.keys() & now.keys():
+            yield from _differences(before[key], now[key], f"{name}.{key}" if name else key)
+    elif before != now and not name.startswith(_FREE):
         yield name, before, now
 
 

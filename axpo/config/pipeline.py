@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from axpo.config.base import Count, CountOrOff, Section
 from axpo.config.rollout import NAME
@@ -36,6 +36,24 @@ class Stages(Section):
     evaluate: str = Field(
         default="mini --eval.benchmarks mini", description="recipe and fields of axpo.evaluate, benchmarks among them"
     )
+
+    evaluated: list[str] = Field(
+        default=[],
+        description="checkpoints that are evaluated: teacher, base, sft, sft+NAME of a run of RL; empty: all",
+    )
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The names of `evaluated`, all of them where it is empty, in the order of the table."""
+        names = ["teacher", "base", "sft", *(f"sft+{entry.partition('=')[0]}" for entry in self.rl)]
+        return [name for name in names if name in self.evaluated or not self.evaluated]
+
+    @model_validator(mode="after")
+    def _known(self) -> Stages:
+        if unknown := [name for name in self.evaluated if name not in self.checkpoints]:
+            known = ", ".join(self.model_copy(update={"evaluated": []}).checkpoints)
+            raise ValueError(f"pipeline.evaluated = {unknown[0]!r}: there is {known}")
+        return self
 
     @field_validator("rl")
     @classmethod

@@ -91,14 +91,23 @@ def test_mistakes_are_found_before_the_first_stage(tmp_path: Path):
             resolve(PipelineConfig, [f"--pipeline.rl={entry}"], recipe="pipeline")
 
 
+def test_some_checkpoints_are_evaluated(tmp_path: Path):
+    some = config(tmp_path, evaluated=["sft+axpo", "base"])
+    assert [stage.name for stage in stages(some)[-2:]] == ["evaluate-base", "evaluate-sft+axpo"]
+    assert list(evaluations(some)) == ["base", "sft+axpo"]
+    with pytest.raises(ConfigError, match=r"pipeline\.evaluated = 'axpo': there is teacher, base, sft, sft\+axpo"):
+        resolve(PipelineConfig, ["--pipeline.evaluated=axpo", "--pipeline.rl=axpo=mini"], recipe="pipeline")
+
+
 def test_a_finished_stage_counts_with_the_same_settings_only(tmp_path: Path):
     planned = stages(config(tmp_path, count=4))
     record = Record(tmp_path / "done", planned)
     for stage in planned[:3]:
         record.finish(stage, 1.0)
     assert list(Record(tmp_path / "done", planned).finished) == ["questions", "teacher", "sft"]
-    # What is not finished may change, and how many processes work.
-    assert len(Record(tmp_path / "done", stages(config(tmp_path, count=4, nproc=2, rl=[]))).finished) == 3
+    # What is not finished may change, and what no result depends on.
+    other = config(tmp_path, count=4, nproc=2, rl=[], sft="mini-sft --checkpoint.every 7 --log.console false")
+    assert len(Record(tmp_path / "done", stages(other)).finished) == 3
     changed = stages(config(tmp_path, count=4, sft="mini-sft --optim.lr 0.5"))
     with pytest.raises(ValueError, match=r"stage sft was run with optim\.lr = 0\.0003, now 0\.5; .*--pipeline\.name"):
         Record(tmp_path / "done", changed)
