@@ -18,7 +18,19 @@ import numpy as np
 from axpo.bootstrap import interval, question_counts
 from axpo.cli import exit_with
 from axpo.rundir import write_json, write_text
-from axpo.scores import SUMMARY, Average, Scores, average, called, families, pass_at_k, percent, scores, share
+from axpo.scores import (
+    MALFORMED,
+    SUMMARY,
+    Average,
+    Scores,
+    average,
+    called,
+    families,
+    pass_at_k,
+    percent,
+    scores,
+    share,
+)
 from axpo.sheet import Sheet, print_sheets
 
 Lines = dict[str, list[dict[str, Any]]]
@@ -224,9 +236,10 @@ def _by_question(lines: list[dict[str, Any]], k: int) -> dict[str, float]:
 
 
 def _shared_tools(first: Lines, second: Lines) -> dict[str, SharedTool]:
+    """Of the tools, less calls that could not be read."""
     own = _by_tool(first), _by_tool(second)
     found = {}
-    for tool in sorted(own[0].keys() & own[1].keys()):
+    for tool in sorted((own[0].keys() & own[1].keys()) - {MALFORMED}):
         if shared := own[0][tool].keys() & own[1][tool].keys():
             means = [fmean(fmean(some[tool][question]) for question in shared) for some in own]
             found[tool] = SharedTool(len(shared), *means)

@@ -8,6 +8,9 @@ from typing import Any
 
 from axpo.sheet import Sheet
 
+MALFORMED = "malformed"
+"""What stands for the tool of a call that could not be read."""
+
 SUMMARY = "summary.json"
 """Of an evaluation's folder: the scores of its benchmarks, there when all are whole."""
 
@@ -98,7 +101,7 @@ def scores(lines: Iterable[Mapping[str, Any]], k: int, family: str) -> Scores:
 
 def called(line: Mapping[str, Any]) -> set[str]:
     """The tools that a sample called."""
-    return {name or "malformed" for name in line["tools"]}
+    return {name or MALFORMED for name in line["tools"]}
 
 
 def families(results: Mapping[str, Scores]) -> dict[str, dict[str, Scores]]:
