@@ -20,7 +20,7 @@ TRAIN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/torchrun --standal
 SOURCES := setup.py $(wildcard csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench mini suite constraints clean
+.PHONY: help setup train test lint format bench mini suite pipeline constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,9 @@ suite: $(INSTALLED) ## rebuild the suite's base and teacher from the mini model:
 	$(TRAIN) axpo.sft suite-practice $(ARGS)
 	$(TRAIN) axpo.sft suite-copying --sft.export axpo/assets/suite/base $(ARGS)
 	$(TRAIN) axpo.sft suite-teacher --sft.export axpo/assets/suite/teacher $(ARGS)
+
+pipeline: $(INSTALLED) ## collect, filter, SFT, RL, evaluate on the suite; again: goes on (ARGS: another recipe, fields)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/python -m axpo.pipeline $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now in constraints-cpu.txt
 	{ grep '^#' constraints-cpu.txt; $(PIP) list --format=freeze --exclude-editable --exclude pip | sed 's/+cpu$$//'; } \

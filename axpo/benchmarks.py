@@ -1,27 +1,36 @@
 """A checkpoint on benchmarks: every finished question is on disk, so that an evaluation goes on where it ended.
 
-A line a sample, in the words of both common toolkits (docs/evaluation.md): lmms-eval's doc_id, target, resps and
-filtered_resps, VLMEvalKit's index, question, answer, prediction and hit.
+A line a sample, in the words of both common toolkits (docs/evaluation.md): lmms-eval's doc_id, doc_hash, input, target,
+resps and filtered_resps, VLMEvalKit's index, question, answer, prediction and hit.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axpo.branch import Limits
 from axpo.config import Config
+from axpo.data.adapters import ADAPTERS
 from axpo.distributed import barrier, rank, world_size
 from axpo.grading import final_answer
 from axpo.outfolder import open_folder
-from axpo.rundir import write_json
-from axpo.scores import Scores, scores
+from axpo.rundir import write_json, write_text
+from axpo.scores import SUMMARY, Scores, average, families, scores, scores_sheet, spread, tools_sheet
 from axpo.tasks import Task, get_task, task_names
 
 if TYPE_CHECKING:
     from axpo.branch import Branch
     from axpo.rollout import Agent
+
+FAMILIES = {
+    **{name: adapter.family for name, adapter in ADAPTERS.items() if adapter.family},
+    **{name: name for name in ("reasoning", "perception", "search")},
+    "mini": "perception",
+}
+"""The family of the published benchmarks and of the embedded tasks, by name."""
 
 _BATCH = 64  # questions that are rolled out at once, which bounds the KV that is held
 # What may differ between the parts of an evaluation: which questions, and how often.
@@ -32,24 +41,38 @@ _SETTINGS: dict[str, set[str]] = {
 }
 
 
-def open_benchmarks(config: Config) -> dict[str, Task]:
-    """The tasks of `eval.benchmarks` by name; their questions are the held-out split.
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """family: what its results are averaged with (reasoning, perception, search); its own name where none is known."""
+
+    task: Task
+    family: str
+
+
+def open_benchmarks(config: Config) -> dict[str, Benchmark]:
+    """The benchmarks of `eval.benchmarks` by name; their questions are the held-out split.
 
     Raises:
         ValueError: an entry names neither an embedded task nor rows, two have one name, or a row is wrong.
     """
-    opened: dict[str, Task] = {}
+    opened: dict[str, Benchmark] = {}
     for entry in config.eval.benchmarks:
-        name, equals, path = entry.partition("=")
+        given, equals, source = entry.partition("=")
         if not equals:
-            name, path = (entry, "") if entry in task_names() else (Path(entry).stem, entry)
-        if name in opened or "/" in name:
+            given, source = "", entry
+        family, _, name = given.rpartition("/")
+        embedded = source in task_names()
+        name = name or (source if embedded else Path(source).stem)
+        if "/" in family:
+            raise ValueError(f"eval.benchmarks = {entry!r}: before the = stands FAMILY/NAME or NAME")
+        if name in opened:
             raise ValueError(f"eval.benchmarks = {entry!r}: there is a {name!r} already; write another name=path")
         try:
-            options = {"path": "", "heldout_path": path, "check_rows": config.data.check_rows}
-            opened[name] = get_task("jsonl", **options) if path else get_task(name)
+            options = {"path": "", "heldout_path": source, "check_rows": config.data.check_rows}
+            task = get_task(source) if embedded else get_task("jsonl", **options)
         except ValueError as error:
             raise ValueError(f"eval.benchmarks = {entry!r}: {error}") from None
+        opened[name] = Benchmark(task, family or FAMILIES.get(name) or FAMILIES.get(Path(source).stem) or name)
     return opened
 
 
@@ -117,10 +140,13 @@ class Results:
         return lines
 
 
-def run_benchmarks(agent: "Agent", tasks: dict[str, Task], config: Config, results: Results) -> dict[str, Scores]:
-    """Samples what is missing, over all ranks, and scores every benchmark; `summary.json` has the same."""
+def run_benchmarks(
+    agent: "Agent", benchmarks: dict[str, Benchmark], config: Config, results: Results
+) -> dict[str, Scores]:
+    """Samples what is missing, over all ranks, and scores every benchmark; writes summary.json and summary.md."""
     made: dict[str, Scores] = {}
-    for name, task in tasks.items():
+    for name, benchmark in benchmarks.items():
+        task = benchmark.task
         done = results.lines(name)
         results.mend(name)
         barrier()  # all ranks have seen the same before any adds to it
@@ -135,10 +161,26 @@ def run_benchmarks(agent: "Agent", tasks: dict[str, Task], config: Config, resul
         barrier()
         asked = set(wanted)
         lines = [line for line in results.finish(name) if (line["repeat"], line["doc_id"]) in asked]
-        made[name] = scores(lines, config.eval.k or config.eval.samples)
+        made[name] = scores(lines, config.eval.k or config.eval.samples, benchmark.family)
     if rank() == 0:
-        write_json(results.path / "summary.json", {name: asdict(one) for name, one in made.items()})
+        write_json(results.path / SUMMARY, _summary(made))
+        sheets = (scores_sheet(made, config.model.path), tools_sheet(made))
+        write_text(results.path / "summary.md", "\n".join(sheet.markdown() for sheet in sheets))
     return made
+
+
+def _summary(made: dict[str, Scores]) -> dict[str, Any]:
+    means = {family: asdict(average(members.values())) for family, members in families(made).items()}
+    summary = {
+        "benchmarks": {name: asdict(one) for name, one in made.items()},
+        "families": means,
+        "average": asdict(average(made.values())),
+    }
+    for record in (*summary["benchmarks"].values(), *means.values(), summary["average"]):
+        for measure in ("pass_1", "pass_k"):
+            mean, deviation = spread(record[measure])
+            record[measure] = {"mean": mean, "std": deviation, "repeats": record[measure]}
+    return summary
 
 
 def _batches(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
@@ -153,17 +195,20 @@ def _line(agent: "Agent", benchmark: str, repeat: int, sample: int, branch: "Bra
     processor, tokens = agent.conversation.processor, branch.sequence.token_ids
     last = processor.decode(tokens[branch.turn_start :])
     given = final_answer(last, thinking=agent.conversation.thinks) if branch.status == "answered" else None
+    asked = json.dumps([branch.question.id, branch.question.text, branch.question.answer])
     return {
         "benchmark": benchmark,
         "doc_id": branch.group,
+        "doc_hash": hashlib.sha256(asked.encode()).hexdigest(),
         "index": branch.question.id,
         "repeat": repeat,
         "sample": sample,
+        "input": branch.question.text,
         "question": branch.question.text,
         "answer": branch.question.answer,
         "target": branch.question.answer,
-        "prediction": given,
-        "filtered_resps": [given],
+        "prediction": given or "",
+        "filtered_resps": [given or ""],
         "resps": [[processor.decode(tokens[branch.prompt_len :])]],
         "hit": int(branch.reward),
         "score": branch.score,

@@ -4,7 +4,6 @@
 axpo.sft. The outcomes of a student and of a teacher choose the questions of RL: `python -m axpo.data filter`.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -95,6 +94,7 @@ def conversation(agent: "Agent", branch: "Branch") -> dict[str, Any]:
     those; `meta.exact` says whether it did.
     """
     from axpo.data import Row
+    from axpo.images import png_bytes
 
     processor, tokens, roles = agent.conversation.processor, branch.sequence.token_ids, branch.roles
     messages = [dict(message) for message in branch.question.messages]
@@ -110,7 +110,7 @@ def conversation(agent: "Agent", branch: "Branch") -> dict[str, Any]:
             text = [{"type": "text", "text": result.text}] if result.text else []
             messages.append({"role": "tool", "content": text + [{"type": "image"}] * len(result.images)})
     meta = {"question": branch.question.id, "tools": [call.name for call in branch.calls], "exact": exact}
-    return Row(branch.id, messages, tuple(map(_png, branch.images)), branch.question.rubric, meta).record()
+    return Row(branch.id, messages, tuple(map(png_bytes, branch.images)), branch.question.rubric, meta).record()
 
 
 def summary(outcomes: Sequence[dict[str, Any]]) -> "Table":
@@ -156,12 +156,6 @@ def _sampled_runs(roles: Sequence[int]) -> Iterator[tuple[int, int]]:
         elif role != SAMPLED and start is not None:
             yield start, index
             start = None
-
-
-def _png(image: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def main() -> None:

@@ -152,29 +152,30 @@ def main() -> None:
     from axpo import distributed
     from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
     from axpo.inputs import check_heldout, check_sampling, make_agent
-    from axpo.scores import scores_table
+    from axpo.scores import scores_sheet, tools_sheet
+    from axpo.sheet import print_sheets
 
     try:
         distributed.initialise(distributed.device(), config.run.timeout_s)
         inputs = check_sampling(config)
-        tasks = open_benchmarks(config)
-        if not tasks:
+        benchmarks = open_benchmarks(config)
+        if not benchmarks:
             check_heldout(config, inputs.task)
-        for task in tasks.values():
-            inputs.grader.check(task.kinds())
-        results = Results(config) if tasks else None
+        for benchmark in benchmarks.values():
+            inputs.grader.check(benchmark.task.kinds())
+        results = Results(config) if benchmarks else None
     except (ValueError, OSError) as error:
         exit_with("axpo.evaluate", error)
     agent = make_agent(config, inputs)
-    if results is not None:
-        shown = scores_table(run_benchmarks(agent, tasks, config, results), config.model.path)
-    else:
+    if results is None:
         evaluated = evaluate(agent, inputs.task, config, step=0)
         assert evaluated is not None  # nothing interrupts it
-        shown = comparison([(config.model.path, evaluated)])
-    if distributed.rank() == 0:
-        Console().print(shown)
-        if results is not None:
+        if distributed.rank() == 0:
+            Console().print(comparison([(config.model.path, evaluated)]))
+    else:
+        made = run_benchmarks(agent, benchmarks, config, results)
+        if distributed.rank() == 0:
+            print_sheets([scores_sheet(made, config.model.path), tools_sheet(made)])
             print(f"results {results.path}")
     distributed.finish()
 

@@ -45,3 +45,10 @@ def load_image(source: Path | bytes, name: str = "the image") -> Image.Image:
         raise ValueError(f"{name} cannot be decoded: not an image format that Pillow knows") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    out = BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

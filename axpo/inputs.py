@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,16 +11,17 @@ from axpo.conversation import Conversation
 from axpo.distributed import be_deterministic, device, world_size
 from axpo.fit import check_fits
 from axpo.grading import Grader
-from axpo.learner import Learner
 from axpo.metrics import check_sinks
 from axpo.paths import model_directory
 from axpo.rollout import Agent
-from axpo.sharding import check_replicas
 from axpo.tasks import Task, get_task
 from axpo.tools import get_tools, tool_options
 from engine import LLM, Processor
 from engine.models import ModelConfig
 from engine.weights import check_weights
+
+if TYPE_CHECKING:
+    from axpo.learner import Learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ def check_inputs(config: Config) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: what is wrong, by the name of its field or file.
     """
+    from axpo.sharding import check_replicas
+
     check_replicas(config.train.replicas)
     if config.rollout.questions_per_step % world_size():
         raise ValueError(
@@ -104,8 +108,10 @@ def make_agent(config: Config, inputs: Inputs, *, load: bool = True) -> Agent:
     return Agent(llm, inputs.conversation, config.run.seed, inputs.grader)
 
 
-def make_learner(config: Config, source: Path) -> Learner:
+def make_learner(config: Config, source: Path) -> "Learner":
     """Loads trainer, optimizer and reference policy with the checkpoint's weights."""
+    from axpo.learner import Learner  # FSDP takes seconds to import, and evaluation needs none
+
     if config.train.deterministic:
         be_deterministic()
     return Learner(

@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from axpo.config.base import Count, CountOrOff, Section
+from axpo.config.pipeline import Stages
 from axpo.config.rollout import Data, ImageSearchTool, JudgeOptions, Model, PythonTool, Rollout, Run, SearchTool
 from axpo.config.training import Algo, Checkpoint, Debug, Eval, Log, Loss, Optim, Train
 
@@ -29,12 +30,14 @@ __all__ = [
     "Loss",
     "Model",
     "Optim",
+    "PipelineConfig",
     "PythonTool",
     "Rollout",
     "Run",
     "SearchTool",
     "Sft",
     "SftConfig",
+    "Stages",
     "Train",
     "to_toml",
 ]
@@ -152,6 +155,12 @@ class SftConfig(Section):
                 "to 1 and sft.batch_size to what an update shall see"
             )
         return self
+
+
+class PipelineConfig(Section):
+    """The paper's pipeline, stage by stage (axpo.pipeline)."""
+
+    pipeline: Stages = Stages()
 
 
 def to_toml(config: BaseModel) -> str:

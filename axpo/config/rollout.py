@@ -8,11 +8,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from axpo.config.base import Count, CountOrOff, Section, as_text
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run may be called, since its directory has the same name."""
+
 
 class Run(Section):
-    name: str = Field(
-        default="mini-axpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its directory"
-    )
+    name: str = Field(default="mini-axpo", pattern=NAME, description="name of the run and of its directory")
     dir: str = Field(default="runs", min_length=1, description="parent of run directories")
     steps: CountOrOff = Field(
         default=100,

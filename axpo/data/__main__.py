@@ -1,10 +1,13 @@
-"""Rows: `python -m axpo.data check FILE…`, `show FILE [N]`, `convert --from NAME SRC DST`, `list`."""
+"""Rows: `python -m axpo.data check FILE…`, `show FILE [N]`, `convert`, `export`, `filter`, `list`."""
 
 import argparse
 import sys
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from axpo.cli import exit_with
+from axpo.tasks import SPLITS, Split
 
 
 def main() -> None:
@@ -23,8 +26,14 @@ def main() -> None:
     keep = verbs.add_parser("filter", help="rows for RL: not solved always by the student, nor never by the teacher")
     keep.add_argument("--student", type=Path, required=True, help="folder of the student's axpo.collect")
     keep.add_argument("--teacher", type=Path, required=True, help="folder of the teacher's axpo.collect")
+    keep.add_argument("--add", type=Path, action="append", default=[], help="rows that are kept besides (repeatable)")
     keep.add_argument("source", type=Path, help="the rows that both were asked")
     keep.add_argument("out", type=Path, help="the .parquet or .jsonl file to write")
+    export = verbs.add_parser("export", help="questions of an embedded task, or of rows, as a file of rows")
+    export.add_argument("--split", choices=SPLITS, default="train", help="of an embedded task (default: train)")
+    export.add_argument("--count", type=int, default=0, help="first questions that are written; 0: all")
+    export.add_argument("source", help="name of the task, or a file or folder of rows")
+    export.add_argument("out", type=Path, help="the .parquet or .jsonl file to write")
     verbs.add_parser("list", help="the data sets that `convert` knows")
     args = parser.parse_args()
     try:
@@ -36,7 +45,9 @@ def main() -> None:
         elif args.verb == "convert":
             convert_file(args.name, args.source, args.out, skip=args.skip)
         elif args.verb == "filter":
-            filter_file(args.student, args.teacher, args.source, args.out)
+            filter_file(args.student, args.teacher, args.source, args.out, args.add)
+        elif args.verb == "export":
+            export_file(args.source, args.out, split=args.split, count=args.count)
         else:
             list_adapters()
     except (ValueError, OSError, IndexError) as error:
@@ -81,8 +92,12 @@ def convert_file(name: str, source: Path, out: Path, *, skip: bool) -> None:
         print(f"note: the published split has {published} rows ({conversion.adapter.source})", file=sys.stderr)
 
 
-def filter_file(student: Path, teacher: Path, source: Path, out: Path) -> None:
-    """Writes the rows that RL can learn from and prints why others are left out; ValueError when one was not asked."""
+def filter_file(student: Path, teacher: Path, source: Path, out: Path, added: Sequence[Path] = ()) -> None:
+    """Writes the rows that RL can learn from, then those of `added`, and prints why others are left out.
+
+    Raises:
+        ValueError: a row was not asked, or none is left.
+    """
     from axpo.collect import read_outcomes
     from axpo.data import Rows
     from axpo.data.select import RlQuestions
@@ -90,11 +105,31 @@ def filter_file(student: Path, teacher: Path, source: Path, out: Path) -> None:
 
     rewards = [{one["id"]: one["rewards"] for one in read_outcomes(folder)} for folder in (student, teacher)]
     chosen = RlQuestions(Rows(source), *rewards)
-    count = write_rows(chosen, out)
+    extra = [Rows(file) for file in added]
+    count = write_rows(chain(chosen, (row.record() for rows in extra for row in rows)), out)
+    more = sum(map(len, extra))
     print(
-        f"{out}: {count} of {chosen.seen} rows; left out: {chosen.solved} that the student always solves, "
-        f"{chosen.failed} that the teacher never does"
+        f"{out}: {count - more} of {chosen.seen} rows{f' and {more} others' if more else ''}; left out: "
+        f"{chosen.solved} that the student always solves, {chosen.failed} that the teacher never does"
     )
+    if not count:
+        out.unlink()
+        raise ValueError(f"{source}: no row is left to learn from")
+
+
+def export_file(source: str, out: Path, *, split: Split = "train", count: int = 0) -> None:
+    """Writes the questions as rows, images inside, and prints their number; ValueError when there is no such task."""
+    from axpo.data import Row
+    from axpo.data.write import write_rows
+    from axpo.tasks import get_task, task_names
+
+    if source in task_names():
+        task = get_task(source)
+    else:
+        task, split = get_task("jsonl", path=source, check_rows=1), "train"
+    wanted = range(min(count or task.size(split), task.size(split)))
+    written = write_rows((Row.of(task.question(split, index)).record() for index in wanted), out)
+    print(f"{out}: {written} of {task.size(split)} questions of {source}")
 
 
 def list_adapters() -> None:

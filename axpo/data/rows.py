@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axpo.grading import Rubric
-from axpo.images import load_image
+from axpo.images import load_image, png_bytes
 from axpo.tasks import Question
 
 INSTRUCTION = r"Give the final answer as <answer>\boxed{...}</answer>."
@@ -53,6 +53,12 @@ class Row:
         return {**record, "answer": list(rubric.pop("answers")), "grader": rubric.pop("kind"), **rubric} | {
             "options": list(self.rubric.options)
         }
+
+    @classmethod
+    def of(cls, question: Question) -> "Row":
+        """The row that asks the same, whatever task the question is from."""
+        pictures = tuple(map(png_bytes, question.images))
+        return cls(question.id, question.messages, pictures, question.rubric, question.meta)
 
     def question(self) -> Question:
         """What is asked, images decoded now."""

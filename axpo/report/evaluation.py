@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_RESAMPLES = 4000  # of the bootstrap over questions
+from axpo.bootstrap import interval, question_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def _estimate(evaluation: dict[str, Any] | None, name: str) -> Estimate | None:
         return None
     low, high = (_number(evaluation["summary"].get(f"{name}_{end}")) for end in ("low", "high"))
     if low is None or high is None:
-        low, high = _interval(_draws(evaluation, name, evaluation))
+        low, high = interval(_draws(evaluation, name, evaluation))
     return Estimate(value, low, high)
 
 
@@ -88,7 +88,7 @@ def _change(
     draws = [_draws(evaluation, name, after) for evaluation in (before, after)]
     if len(before.get("questions", ())) != len(after.get("questions", ())) or not all(d.size for d in draws):
         return Estimate(value)
-    return Estimate(value, *_interval(draws[1] - draws[0]))
+    return Estimate(value, *interval(draws[1] - draws[0]))
 
 
 def _draws(evaluation: dict[str, Any], name: str, order: dict[str, Any]) -> np.ndarray:
@@ -104,8 +104,7 @@ def _draws(evaluation: dict[str, Any], name: str, order: dict[str, Any]) -> np.n
         return np.array([])
     if not len(parts):
         return np.array([])
-    counts = np.random.default_rng(0).multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=_RESAMPLES)
-    right, answers = (counts @ parts).T
+    right, answers = (question_counts(len(parts)) @ parts).T
     with np.errstate(invalid="ignore", divide="ignore"):
         return right / answers
 
@@ -121,14 +120,6 @@ def _parts(name: str, rewards: Sequence[float], used_tool: Sequence[bool]) -> tu
         return sum(used_tool), len(used_tool)
     wanted = [bool(used) == (name == "tool/accuracy") for used in used_tool]
     return sum(r for r, w in zip(right, wanted, strict=True) if w), sum(wanted)
-
-
-def _interval(draws: np.ndarray) -> tuple[float | None, float | None]:
-    known = draws[np.isfinite(draws)] if draws.size else draws
-    if not known.size:
-        return None, None
-    low, high = np.quantile(known, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _number(value: Any) -> float | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
+from axpo.benchmarks import FAMILIES, Results, open_benchmarks, run_benchmarks
 from axpo.cli import resolve
 from axpo.config import Config
+from axpo.data.adapters import ADAPTERS
 from axpo.data.write import write_rows
 from axpo.grading import Grader, Rubric
 from axpo.rollout import Agent
@@ -52,18 +53,25 @@ def test_a_file_of_rows_is_what_the_embedded_set_is(tmp_path: Path, agent: Agent
     assert len(own) == 12 and [one["resps"] for one in own] == [one["resps"] for one in copy]
     assert len({str(one["resps"]) for one in own}) > 3, "repeats and samples must differ"
     assert made["mini"].pass_1 == made["copy"].pass_1 and made["mini"].questions == 3
+    # What lmms-eval's samples_*.jsonl and VLMEvalKit's records have, in their types.
+    texts = ("doc_hash", "input", "target", "index", "question", "answer", "prediction")
+    assert all(isinstance(one[name], str) for one in own for name in texts)
+    assert all(isinstance(one["doc_id"], int) and one["hit"] in (0, 1) for one in own)
+    assert len({one["doc_hash"] for one in own}) == 3 == len({(one["doc_id"], one["doc_hash"]) for one in own})
     order = [(one["repeat"], one["doc_id"], one["sample"]) for one in own]
     assert order == [(r, d, s) for r in range(2) for d in range(3) for s in range(2)]
     for one in copy:
         assert one["filtered_resps"] == [one["prediction"]] and one["answer"] == one["target"]
         assert one["used_tool"] == bool(one["tools"])
         assert one["resps"][0][0].count("<tool_response>") == one["turns"] - 1 <= len(one["tools"])
-        right = one["prediction"] is not None and Grader().compare(
-            one["prediction"], Rubric((one["answer"],), "number")
-        )
+        right = one["prediction"] and Grader().compare(one["prediction"], Rubric((one["answer"],), "number"))
         assert one["hit"] == int(bool(right) and right.reward)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["copy"]["pass_1"] == list(made["copy"].pass_1)
+    assert summary["benchmarks"]["copy"]["pass_1"]["repeats"] == list(made["copy"].pass_1)
+    assert summary["families"]["perception"]["pass_1"] == summary["benchmarks"]["mini"]["pass_1"]
+    assert summary["average"]["benchmarks"] == 2 and summary["benchmarks"]["copy"]["family"] == "copy"
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| &nbsp;&nbsp;mini | 3 |" in text and "\n| copy | 3 |" in text and "image_zoom_in" in text
     assert agent.llm.stats()["blocks_used"] == 0
 
 
@@ -87,7 +95,12 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path, agent: Agent, monkeypatc
     run_benchmarks(agent, open_benchmarks(settings), settings, Results(settings))
     assert asked == [(0, [1, 2]), (1, [1, 2])]
     assert (tmp_path / "mini.jsonl").read_text() == whole
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.toml", "mini.jsonl", "summary.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.toml",
+        "mini.jsonl",
+        "summary.json",
+        "summary.md",
+    ]
     asked.clear()
     more = config(tmp_path, "mini", eval__limit=4, eval__repeats=1)
     assert run_benchmarks(agent, open_benchmarks(more), more, Results(more))["mini"].questions == 4
@@ -102,10 +115,27 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path):
         Results(config(tmp_path, "mini", run__seed=3))
 
 
+def test_families_are_given_or_known(tmp_path: Path):
+    file = rows(tmp_path / "hrbench-4k.parquet", 1)
+    opened = open_benchmarks(config(tmp_path, "mini", file, f"mine={file}", f"search/x={file}", "reasoning/y=mini"))
+    assert {name: one.family for name, one in opened.items()} == {
+        "mini": "perception",
+        "hrbench-4k": "perception",
+        "mine": "perception",
+        "x": "search",
+        "y": "reasoning",
+    }
+    assert opened["y"].task.name == "mini" and opened["x"].task.size("heldout") == 1
+    nine = {name for name, family in FAMILIES.items() if name in ADAPTERS}
+    assert len(nine) == 9 and len({FAMILIES[name] for name in nine}) == 3
+
+
 def test_benchmarks_that_are_none(tmp_path: Path):
     with pytest.raises(ValueError, match=r"eval\.benchmarks = 'gone\.jsonl': .*cannot be read"):
         open_benchmarks(config(tmp_path, "gone.jsonl"))
     with pytest.raises(ValueError, match=r"eval\.benchmarks = 'mini': there is a 'mini' already"):
         open_benchmarks(config(tmp_path, "mini", "mini"))
+    with pytest.raises(ValueError, match=r"eval\.benchmarks = 'a/b/c=mini': before the = stands FAMILY/NAME"):
+        open_benchmarks(config(tmp_path, "a/b/c=mini"))
     with pytest.raises(ValueError, match=r"eval\.k = 5: Pass@k needs as many samples"):
         config(tmp_path, "mini", eval__k=5)

@@ -98,9 +98,17 @@ def test_the_filter_command_reads_two_collections(tmp_path: Path, capsys: pytest
             file = tmp_path / who / "outcomes" / f"{number:08d}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"id": name, "rewards": given}) + "\n")
-    out = tmp_path / "rl.jsonl"
-    filter_file(tmp_path / "student", tmp_path / "teacher", tmp_path / "rows.parquet", out)
+    out, rows, folders = tmp_path / "rl.jsonl", tmp_path / "rows.parquet", (tmp_path / "student", tmp_path / "teacher")
+    write_rows([{"id": "c", "question": "y", "answer": "8"}], tmp_path / "more.jsonl")
+    filter_file(*folders, rows, out)
     assert [row.id for row in Rows(out)] == ["b"]
     assert "1 of 2 rows; left out: 1 that the student always solves, 0 that" in capsys.readouterr().out
+    filter_file(*folders, rows, out, [tmp_path / "more.jsonl"])
+    assert [row.id for row in Rows(out)] == ["b", "c"]
+    assert "1 of 2 rows and 1 others; left out: 1 that" in capsys.readouterr().out
+    write_rows([{"id": "a", "question": "x", "answer": "7"}], rows)
+    with pytest.raises(ValueError, match=r"rows\.parquet: no row is left to learn from"):
+        filter_file(*folders, rows, out)
+    assert not out.exists()
     with pytest.raises(ValueError, match=r"nowhere: no outcomes/\*\.jsonl"):
-        filter_file(tmp_path / "nowhere", tmp_path / "teacher", tmp_path / "rows.parquet", out)
+        filter_file(tmp_path / "nowhere", tmp_path / "teacher", rows, out)

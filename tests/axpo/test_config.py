@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from axpo.cli import ConfigError, leaf_fields, load_config, read_recipe, recipe_names, resolve
-from axpo.config import Config, SftConfig, to_toml
+from axpo.config import Config, PipelineConfig, SftConfig, to_toml
+from axpo.pipeline import stages
 
 
 def config(*argv: str) -> Config:
@@ -215,8 +216,12 @@ def test_toml_reads_back_as_the_same_configuration(tmp_path: Path):
 def test_embedded_recipes_are_valid():
     assert {"mini", "mini-grpo", "mini-sft"} <= set(recipe_names())
     for name in recipe_names():
-        schema = SftConfig if "sft" in read_recipe(name) else Config
-        assert resolve(schema, [name], recipe=name).run.name
+        sections = read_recipe(name)
+        if "pipeline" in sections:
+            assert stages(resolve(PipelineConfig, [name], recipe=name).pipeline)
+        else:
+            schema = SftConfig if "sft" in sections else Config
+            assert resolve(schema, [name], recipe=name).run.name
     mini, grpo = config("mini"), config("mini-grpo")
     assert grpo.algo.name == "grpo" and grpo.algo.resampling_ratio == 0 < mini.algo.resampling_ratio
     differing = {s for s in Config.model_fields if getattr(mini, s) != getattr(grpo, s)}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from axpo.data import INSTRUCTION, DataError
+from axpo.data import INSTRUCTION, DataError, Rows
+from axpo.data.__main__ import export_file
 from axpo.tasks import get_task
 from axpo.tasks.rows import RowsTask
 
@@ -140,3 +141,23 @@ def test_files_that_hold_no_rows(tmp_path: Path):
     good = write(tmp_path / "good.jsonl", row(images=[]))
     with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
         RowsTask(good, tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("name", ["mini", "reasoning", "search", "suite"])
+def test_questions_of_a_task_as_rows_are_the_same_questions(tmp_path: Path, name: str):
+    export_file(name, tmp_path / "rows.parquet", split="heldout", count=3)
+    task, rows = get_task(name), get_task("jsonl", path=tmp_path / "rows.parquet")
+    assert rows.size("train") == 3 and rows.kinds() <= task.kinds()
+    for index in range(3):
+        asked, again = task.question("heldout", index), rows.question("train", index)
+        for field in ("id", "messages", "answer", "rubric"):
+            assert getattr(again, field) == getattr(asked, field)
+        assert [image.tobytes() for image in again.images] == [image.tobytes() for image in asked.images]
+        assert again.meta == json.loads(json.dumps(asked.meta))
+
+
+def test_rows_are_exported_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    export_file("mini", tmp_path / "rows.parquet", count=3)
+    export_file(str(tmp_path / "rows.parquet"), tmp_path / "two.jsonl", count=2)
+    assert [row.id for row in Rows(tmp_path / "two.jsonl")] == ["mini/train/0", "mini/train/1"]
+    assert "2 of 3 questions of" in capsys.readouterr().out

@@ -17,27 +17,31 @@ Convert = Callable[[dict[str, Any], Path, int], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """source: where the data set is published. rows: of the split that the paper uses; None where it takes a part."""
+    """source: where the data set is published. rows: of the split that the paper uses; None where it takes a part.
+
+    family: of a benchmark, what it measures.
+    """
 
     convert: Convert
     source: str
     rows: int | None = None
+    family: str = ""
 
 
 ADAPTERS: dict[str, Adapter] = {
     "virl39k": Adapter(training.virl39k, "TIGER-Lab/ViRL39K", 38_870),
     "fvqa": Adapter(training.fvqa, "lmms-lab/FVQA"),
     "pyvision-rl": Adapter(training.pyvision_rl, "Agents-X/PyVision-Image-RL-Data"),
-    "mmfinereason": Adapter(training.mmfinereason, "OpenDataArena/MMFineReason-1.8M"),
-    "mathvision": Adapter(reasoning.mathvision, "MathLLMs/MathVision, split testmini", 304),
-    "dynamath": Adapter(reasoning.dynamath, "DynaMath/DynaMath_Sample, one variant", 501),
-    "math-vr": Adapter(reasoning.math_vr, "gogoduan/Math-VR-bench", 2_500),
-    "vstar": Adapter(perception.vstar, "craigwu/vstar_bench", 191),
-    "visualprobe-hard": Adapter(perception.visualprobe, "Mini-o3/VisualProbe_Hard"),
-    "hrbench-4k": Adapter(perception.hrbench, "DreamMr/HR-Bench, hr_bench_4k", 800),
-    "hrbench-8k": Adapter(perception.hrbench, "DreamMr/HR-Bench, hr_bench_8k", 800),
-    "hr-mmsearch": Adapter(search.hr_mmsearch, "sensenova/HR-MMSearch", 305),
-    "mmsearch": Adapter(search.mmsearch, "CaraJ/MMSearch, end2end", 300),
+    "mmfinereason": Adapter(training.mmfinereason, "OpenDataArena/MMFineReason-1.8M-Qwen3-VL-235B-Thinking"),
+    "mathvision": Adapter(reasoning.mathvision, "MathLLMs/MathVision, split testmini", 304, family="reasoning"),
+    "dynamath": Adapter(reasoning.dynamath, "DynaMath/DynaMath_Sample, one variant", 501, family="reasoning"),
+    "math-vr": Adapter(reasoning.math_vr, "gogoduan/Math-VR-bench", 2_500, family="reasoning"),
+    "vstar": Adapter(perception.vstar, "craigwu/vstar_bench", 191, family="perception"),
+    "visualprobe-hard": Adapter(perception.visualprobe, "Mini-o3/VisualProbe_Hard", family="perception"),
+    "hrbench-4k": Adapter(perception.hrbench, "DreamMr/HR-Bench, hr_bench_4k", 800, family="perception"),
+    "hrbench-8k": Adapter(perception.hrbench, "DreamMr/HR-Bench, hr_bench_8k", 800, family="perception"),
+    "hr-mmsearch": Adapter(search.hr_mmsearch, "sensenova/HR-MMSearch", 305, family="search"),
+    "mmsearch": Adapter(search.mmsearch, "CaraJ/MMSearch, end2end", 300, family="search"),
 }
 
 

@@ -12,7 +12,7 @@ def hr_mmsearch(record: dict[str, Any], folder: Path, number: int) -> dict[str, 
         "id": f"hr-mmsearch/{take(record, 'sample_id')}",
         "question": words(take(record, "query")),
         "images": pictures(take(record, "query_image"), folder),
-        "answer": take(record, "ground_truth"),
+        "answer": several(take(record, "ground_truth")),
         "grader": "f1",
         "meta": {"difficulty": record.get("difficulty"), "category": record.get("category")},
     }

@@ -56,7 +56,10 @@ def pyvision_rl(record: dict[str, Any], folder: Path, number: int) -> dict[str, 
 
 
 def mmfinereason(record: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
-    """id, question, image, and the answer in `answer` or, in some subsets, `solution`: the card's features."""
+    """id, source, question, answer, image, pass_rate; ori_question, original_answer, caption, the teacher's response.
+
+    An earlier release has data_source, and in some subsets `solution` for `answer`; the hard ones have a low pass_rate.
+    """
     question = words(take(record, "question"))
     source = record.get("source") or record.get("data_source") or ""
     return {
@@ -64,5 +67,5 @@ def mmfinereason(record: dict[str, Any], folder: Path, number: int) -> dict[str,
         "question": question,
         "images": pictures(take(record, "image"), folder),
         **graded(unboxed(take(record, "answer", "solution")), question),
-        "meta": {"source": source},
+        "meta": {"source": source, "pass_rate": record.get("pass_rate")},
     }
