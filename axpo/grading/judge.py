@@ -11,6 +11,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from axpo.paths import cache_directory
+from axpo.web import post
 
 MAX_WAIT_S = 10.0  # between attempts
 _LONGEST = 2000  # characters of an answer that the judge reads
@@ -44,8 +45,9 @@ class Judge:
         cache_dir: str = "",
         timeout_s: float = 30,
     ):
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(base_url=base_url.rstrip("/") + "/", timeout=timeout_s, headers=headers)
+        self._url = base_url.rstrip("/") + "/chat/completions"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._timeout_s = timeout_s
         self._model = model
         self._left = max_calls
         self._lock = threading.Lock()
@@ -72,7 +74,6 @@ class Judge:
         return verdict
 
     def close(self) -> None:
-        self._client.close()
         self._cache.close()
 
     def _ask(self, content: str) -> bool:
@@ -83,7 +84,7 @@ class Judge:
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": content}]
         body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": 16}
         try:
-            response = self._client.post("chat/completions", json=body)
+            response = post(self._url, body, self._headers, self._timeout_s)
         except httpx.TransportError as error:
             raise _Again(f"the judge cannot be reached: {type(error).__name__}") from error
         if response.status_code == 429 or response.status_code >= 500:

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -37,9 +38,23 @@ def hangs(sock: socket.socket) -> None:
             pass
 
 
+def drips(head: bytes) -> Callable[[socket.socket], None]:
+    """Each byte in time, the whole never."""
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(head)
+        for _ in range(200):
+            sock.sendall(b" ")
+            time.sleep(0.05)
+
+    return serve
+
+
 FAULTS: dict[str, Callable[[socket.socket], None]] = {
     "hangs": hangs,
     "hangs in the middle": lambda sock: (sock.sendall(HEAD + b"content-length: 100\r\n\r\n{"), hangs(sock))[0],
+    "drips its answer": drips(HEAD + b"content-length: 100000\r\n\r\n"),
+    "drips its head": drips(HEAD + b"x-long: "),
     "hangs up": lambda sock: None,
     "is no HTTP": lambda sock: sock.sendall(b"\x16\x03\x01 hello \xff\xfe\r\n\r\n"),
     "ends early": lambda sock: sock.sendall(HEAD + b"content-length: 100\r\n\r\n{"),

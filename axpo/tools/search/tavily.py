@@ -14,6 +14,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from axpo.paths import cache_directory
 from axpo.tools.search import Hit, SearchError
+from axpo.web import post
 
 ATTEMPTS = 4
 MAX_WAIT_S = 20.0
@@ -46,9 +47,9 @@ class Tavily:
         timeout_s: float,
     ):
         self._exclude = list(exclude_domains)
-        self._client = httpx.Client(
-            base_url=base_url, timeout=timeout_s, headers={"Authorization": f"Bearer {key}"}, follow_redirects=False
-        )
+        self._url = base_url.rstrip("/") + "/search"
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._timeout_s = timeout_s
         self._cache = diskcache.Cache(str(cache_directory(cache_dir, "search")))
         self._limit = _RateLimit(queries_per_minute)
         self._broken_until = 0.0
@@ -69,7 +70,6 @@ class Tavily:
         return _hits(answer)
 
     def close(self) -> None:
-        self._client.close()
         self._cache.close()
 
     def _retrying(self) -> Retrying:
@@ -87,7 +87,7 @@ class Tavily:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self._limit.wait()
         try:
-            response = self._client.post("/search", json=request)
+            response = post(self._url, request, self._headers, self._timeout_s)
         except httpx.TransportError as error:
             unreachable = _Again(f"the service cannot be reached: {type(error).__name__}")
             unreachable.timed_out = isinstance(error, httpx.TimeoutException)
