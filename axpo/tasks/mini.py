@@ -5,16 +5,13 @@ from typing import Any
 
 from PIL import Image
 
-from axpo.grading import Kind
 from axpo.resume import hash_files
 from axpo.tasks import Question, Split
 from axpo.tasks.scenes import asset_files, scene
-from axpo.tasks.splits import Sizes
-
-_KEY = 20_260_528  # of this task's random streams
+from axpo.tasks.splits import GeneratedTask
 
 
-class MiniTask:
+class MiniTask(GeneratedTask):
     """Scenes from (split, index) alone; held-out ones show digits and parts of photographs that training never does.
 
     small_share: the share of questions that ask for a small tile, whose digit the overview does not show.
@@ -22,21 +19,14 @@ class MiniTask:
     """
 
     name = "mini"
+    key = 20_260_528
 
     def __init__(self, train_size: int = 20_000, heldout_size: int = 1_024, small_share: float = 0.6):
-        self._sizes = Sizes(train_size, heldout_size)
-        if not 0 <= small_share <= 1:
-            raise ValueError(f"small_share is {small_share}; it must be between 0 and 1")
+        super().__init__(train_size, heldout_size, small_share=small_share)
         self._small_share = small_share
 
-    def size(self, split: Split) -> int:
-        return self._sizes[split]
-
-    def kinds(self) -> set[Kind]:
-        return {"exact"}
-
     def question(self, split: Split, index: int) -> Question:
-        rng = self._sizes.random(_KEY, self.name, split, index)
+        rng = self.random(split, index)
         pixels, tiles = scene(rng, heldout=split == "heldout")
         large = rng.random() >= self._small_share
         candidates = [i for i, tile in enumerate(tiles) if tile.large == large]
@@ -53,7 +43,7 @@ class MiniTask:
 
     def content_hash(self, split: Split) -> str:
         """Of the digits, the photographs and the parameters that the scenes are drawn from."""
-        parts = (self.name, split, str(_KEY), str(self.size(split)), str(self._small_share))
+        parts = (self.name, split, str(self.key), str(self.size(split)), str(self._small_share))
         return hash_files(asset_files(), *parts)
 
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from axpo.grading import Kind
 from axpo.tasks import Question, Split
-from axpo.tasks.splits import Sizes, is_heldout
+from axpo.tasks.splits import GeneratedTask, is_heldout
 
-_KEY = 20_260_701  # of this task's random streams
 MOST_PRIMES = 300
 
 
@@ -27,7 +25,7 @@ class Problem:
     imports: str = ""
 
 
-class ReasoningTask:
+class ReasoningTask(GeneratedTask):
     """Questions from (split, index) alone; held-out ones have expressions that training never asks.
 
     easy_share: the share of questions that need no tool.
@@ -35,21 +33,14 @@ class ReasoningTask:
     """
 
     name = "reasoning"
+    key = 20_260_701
 
     def __init__(self, train_size: int = 20_000, heldout_size: int = 1_024, easy_share: float = 0.35):
-        self._sizes = Sizes(train_size, heldout_size)
-        if not 0 <= easy_share <= 1:
-            raise ValueError(f"easy_share is {easy_share}; it must be between 0 and 1")
+        super().__init__(train_size, heldout_size, easy_share=easy_share)
         self._easy_share = easy_share
 
-    def size(self, split: Split) -> int:
-        return self._sizes[split]
-
-    def kinds(self) -> set[Kind]:
-        return {"exact"}
-
     def question(self, split: Split, index: int) -> Question:
-        rng = self._sizes.random(_KEY, self.name, split, index)
+        rng = self.random(split, index)
         make = _easy if rng.random() < self._easy_share else _MAKERS[rng.integers(len(_MAKERS))]
         problem = make(rng)
         while is_heldout(problem.expression) != (split == "heldout"):
@@ -66,7 +57,7 @@ class ReasoningTask:
     def content_hash(self, split: Split) -> str:
         """Of the parameters and of the first questions: the rest are drawn by the same program."""
         sample = [self.question(split, index) for index in range(min(self.size(split), 256))]
-        parts = (self.name, split, _KEY, self.size(split), self._easy_share, [(q.text, q.answer) for q in sample])
+        parts = (self.name, split, self.key, self.size(split), self._easy_share, [(q.text, q.answer) for q in sample])
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -7,17 +7,15 @@ import hashlib
 from functools import cache
 from typing import Any
 
-from axpo.grading import Kind
 from axpo.tasks import Question, Split
 from axpo.tasks.facts import CURRENCY, KINDS, LANGUAGE, NATION, SUBDIVISION, Fact, askable
-from axpo.tasks.splits import Sizes, is_heldout
+from axpo.tasks.splits import GeneratedTask, is_heldout
 
-_KEY = 20_260_630  # of this task's random streams
 _SHARES = {LANGUAGE: 0.5, SUBDIVISION: 0.3, NATION: 0.1, CURRENCY: 0.1}
 FORMS = ("What is the {attribute} of the {kind} {name}?", "Tell me the {attribute} of the {kind} {name}.")
 
 
-class SearchTask:
+class SearchTask(GeneratedTask):
     """Questions from (split, index) alone; what held-out ones ask about, no training question does.
 
     easy_share: the share of questions whose answer is the beginning of the name; none of currencies.
@@ -25,21 +23,14 @@ class SearchTask:
     """
 
     name = "search"
+    key = 20_260_630
 
     def __init__(self, train_size: int = 20_000, heldout_size: int = 1_024, easy_share: float = 0.35):
-        self._sizes = Sizes(train_size, heldout_size)
-        if not 0 <= easy_share <= 1:
-            raise ValueError(f"easy_share is {easy_share}; it must be between 0 and 1")
+        super().__init__(train_size, heldout_size, easy_share=easy_share)
         self._easy_share = easy_share
 
-    def size(self, split: Split) -> int:
-        return self._sizes[split]
-
-    def kinds(self) -> set[Kind]:
-        return {"exact"}
-
     def question(self, split: Split, index: int) -> Question:
-        rng = self._sizes.random(_KEY, self.name, split, index)
+        rng = self.random(split, index)
         kind = KINDS[rng.choice(len(KINDS), p=[_SHARES[kind] for kind in KINDS])]
         easy = rng.random() < self._easy_share and kind != CURRENCY
         pool = _pool(split, kind, easy)
@@ -56,7 +47,7 @@ class SearchTask:
 
     def content_hash(self, split: Split) -> str:
         """Of the facts and the parameters that the questions are drawn from."""
-        parts = (self.name, split, _KEY, self.size(split), self._easy_share, FORMS, _SHARES, askable())
+        parts = (self.name, split, self.key, self.size(split), self._easy_share, FORMS, _SHARES, askable())
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
