@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from axpo.tasks.build_mini import build_mini
-from axpo.tasks.mini_tokenizer import SPECIAL, TAGS, chat_template
+from axpo.tasks.tokenizer import SPECIAL, TAGS, chat_template
 from engine.processor import Processor
 
 
