@@ -47,7 +47,7 @@ class Products:
             return features
 
         llm.runner._hidden, llm.runner.burst = counted, counted_burst  # type: ignore[method-assign]
-        vision.encode = counted_encode  # type: ignore[method-assign]
+        vision.encode = counted_encode
         try:
             run()
         finally:
