@@ -12,8 +12,6 @@ class Bursts:
     """Up to `most` steps at once (`num_scheduler_steps` of the engine); what they sample is what single steps do."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, counts: dict[str, int], most: int):
-        if most < 1:
-            raise ValueError(f"num_scheduler_steps={most} must be at least 1")
         self.scheduler, self.runner, self.counts, self.most = scheduler, runner, counts, most
 
     def run(self, batch: DecodeBatch, most: int) -> set[Request] | None:

@@ -1,5 +1,6 @@
 """What an engine is given: text and images as the tokens and patches of its checkpoint."""
 
+import operator
 from collections.abc import Sequence as Seq
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +26,13 @@ class Inputs:
         return self.processor.images(images) if images else []
 
     def expand(self, token_ids: Seq[int], images: list[ImageInput]) -> list[int]:
-        """Every image has its tokens afterwards. Raises ValueError: not as many as the images, or an unknown id."""
-        tokens = list(token_ids)
+        """Every image has its tokens afterwards.
+
+        Raises:
+            ValueError: not as many as the images, or an unknown id.
+            TypeError: an id is no whole number.
+        """
+        tokens = list(map(operator.index, token_ids))  # whole numbers of any library, and nothing else
         if images or self.config.image_token_id in tokens:
             tokens = self.processor.expand(tokens, images)
         for bad in (min(tokens, default=0), max(tokens, default=0)):

@@ -80,7 +80,7 @@ class Lifecycle:
     def weights_updated(self) -> None:
         """To be called after all weights were changed in place: what was computed with the old ones is dropped."""
         self._check_idle("new weights")
-        self.weights.absent.clear()
+        self.weights.are_given()
         self._new_weights()
 
     def _new_weights(self) -> None:
@@ -100,7 +100,7 @@ class Lifecycle:
             raise RuntimeError(f"{what} while sequences run; let them finish or abort them first")
 
     def reset_prefix_cache(self) -> None:
-        """Forgets the KV of closed sequences. Open ones keep theirs, and what they compute from now on is found."""
+        """What was computed so far is not found again. Open sequences and their forks keep their KV."""
         self.pool.reset_cache()
 
     def explain(self) -> str:

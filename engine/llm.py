@@ -1,7 +1,8 @@
 """The engine's public face: generate and chat as in vLLM, and sequences that are opened, run, extended and forked."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.graphs import Launched
 from engine.inputs import Inputs
 from engine.lifecycle import Lifecycle
 from engine.logits import make_shaper
-from engine.memory import KVCache, check_kv_size, kv_size
+from engine.memory import KVCache, check_counts, check_kv_size, kv_size
 from engine.models import ModelConfig
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.prompts import Prompt, eos_token_ids, parse_prompt
@@ -71,6 +72,12 @@ class LLM(Inputs, Lifecycle):
         seed: int = 0,
     ):
         check_kv_size(kv_cache_bytes, kv_cache_fraction)
+        check_counts(
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            num_scheduler_steps=num_scheduler_steps,
+        )
         self.path = Path(path)
         self.config = ModelConfig.from_pretrained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -89,7 +96,7 @@ class LLM(Inputs, Lifecycle):
         self.runner = Runner(self.model, self.attention, block_size, vision_cache_bytes)
         if self.device.type == "cuda" and not enforce_eager:
             self.runner.use_graphs(self.scheduler.max_num_seqs, capture=True)
-        self.eos_token_ids = eos_token_ids(self.path)
+        self.eos_token_ids = eos_token_ids(self.path) & frozenset(range(self.config.text.vocab_size))
         self.weight_version = 0
         self._launched: Launched | None = None  # a step whose tokens are not known yet
         self._seed = seed
@@ -135,19 +142,25 @@ class LLM(Inputs, Lifecycle):
         """Queues a run of `sequence`; `step` moves it on. For callers that mix runs with other work, such as tools.
 
         `seed` and `max_tokens` come before those of `params`, which many runs can share; no token: it only prefills.
+
+        Raises:
+            ValueError: the sequence is another engine's, or `params` names tokens that the model does not have.
+            RuntimeError: it is closed or running, or the engine is asleep.
+            OutOfBlocks: its tokens do not fit the KV cache.
         """
         sequence.check_open()
+        sequence.check_owner(self)
         if sequence.running:
             raise RuntimeError("the sequence is running already")
         self.weights.check()
         self.kv.check()
         if (seed := params.seed if seed is None else seed) is None:
             seed = derive_seed(self._seed, next(self._requests))
+        seed = (operator.index(seed) + 2**63) % 2**64 - 2**63  # its low 64 bits, as int64
         room, more = self.config.text.max_position_embeddings, params.max_tokens if max_tokens is None else max_tokens
         limit = room if more is None else min(len(sequence) + more, room)
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        vocabulary, encode = self.config.text.vocab_size, lambda text: self.processor.encode_text(text)
-        shaper = make_shaper(params, len(sequence), stop, vocabulary, encode)
+        shaper = make_shaper(params, len(sequence), stop, self.config, lambda text: self.processor.encode_text(text))
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
 
     def step(self, most: int | None = None) -> list[tuple[Sequence, CompletionOutput]]:
@@ -155,6 +168,7 @@ class LLM(Inputs, Lifecycle):
 
         Returns the runs that it finished, in the order in which they were submitted.
         """
+        check_counts(most=self._bursts.most if most is None else most)
         launched, self._launched = self._launched, None
         if not self.scheduler.has_work:
             return []
@@ -230,16 +244,12 @@ class LLM(Inputs, Lifecycle):
         On an error none of them runs any longer; the tokens so far stay.
 
         Raises:
-            ValueError: the same sequence twice, or not one of `sampling_params` for each.
+            ValueError: the same sequence twice, not one of `sampling_params` for each, or one with n above 1.
             RuntimeError: a sequence is closed, the engine is asleep, or other runs are in flight.
             OutOfBlocks: one sequence alone does not fit the KV cache.
         """
-        params = one_each(sampling_params, len(sequences))
-        if len({id(sequence) for sequence in sequences}) < len(sequences):
-            raise ValueError("the same sequence is given twice; fork it to continue it twice")
         with self._only(sequences):
-            for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
-                self.submit(sequence, p, index)
+            self._submit_each(sequences, sampling_params)
             done = {id(sequence): output for sequence, output in self._drain()}
         return [done[id(sequence)] for sequence in sequences]
 
@@ -251,10 +261,8 @@ class LLM(Inputs, Lifecycle):
         Leaving the loop early aborts what still runs; the tokens so far stay. Inside the loop sequences may be forked,
         closed and aborted. Raises what `run` raises, when the loop begins.
         """
-        params = one_each(sampling_params, len(sequences))
         with self._only(sequences):
-            for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
-                self.submit(sequence, p, index)
+            self._submit_each(sequences, sampling_params)
             while self.scheduler.has_work:
                 done = self.step(1)
                 for request in list(self.scheduler.decoding.requests):  # all of them have just sampled
@@ -262,14 +270,28 @@ class LLM(Inputs, Lifecycle):
                         yield request.sequence, self._output(request, running=True)
                 yield from done
 
+    def _submit_each(
+        self, sequences: Seq[Sequence], sampling_params: SamplingParams | Seq[SamplingParams] | None
+    ) -> None:
+        params = one_each(sampling_params, len(sequences))
+        if len({id(sequence) for sequence in sequences}) < len(sequences):
+            raise ValueError("the same sequence is given twice; fork it to continue it twice")
+        if many := next((p.n for p in params if p.n > 1), None):
+            raise ValueError(f"SamplingParams.n is {many}, but a sequence has one continuation; fork it {many} times")
+        for index, (sequence, p) in enumerate(zip(sequences, params, strict=True)):
+            self.submit(sequence, p, index)
+
     def abort(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch; its tokens so far stay."""
+        sequence.check_owner(self)
         if sequence.request is not None:
             self.scheduler.remove({sequence.request})
 
     @contextmanager
-    def _only(self, sequences: Iterable[Sequence]) -> Iterator[None]:
+    def _only(self, sequences: Seq[Sequence]) -> Iterator[None]:
         """Nothing but `sequences` runs inside, and none of them afterwards, however it ends."""
+        for sequence in sequences:
+            sequence.check_owner(self)
         if self.scheduler.has_work:
             raise RuntimeError("other sequences run; step until they have finished, or abort them first")
         try:

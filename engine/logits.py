@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.models import ModelConfig
 from engine.sampling_params import SamplingParams
 from kernels.sampling import truncate
 
@@ -57,20 +58,32 @@ class LogitsShaper:
 
 
 def make_shaper(
-    params: SamplingParams, start: int, stop_ids: frozenset[int], vocabulary: int, encode: Callable[[str], list[int]]
+    params: SamplingParams,
+    start: int,
+    stop_ids: frozenset[int],
+    config: ModelConfig,
+    encode: Callable[[str], list[int]],
 ) -> LogitsShaper | None:
     """None where the sampler alone does what `params` asks for. `encode`: text to token ids.
 
     Raises:
-        ValueError: a biased token outside the vocabulary.
+        ValueError: a biased or a stop token outside the vocabulary, or nothing is left that may be sampled.
     """
+    vocabulary = config.text.vocab_size
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if bad is not None:
+            raise ValueError(f"SamplingParams.{name} has token {bad}, outside the vocabulary of {vocabulary}")
     if not params.shapes_logits:
         return None
-    bad = next((token for token in params.logit_bias if not 0 <= token < vocabulary), None)
-    if bad is not None:
-        raise ValueError(f"SamplingParams.logit_bias has token {bad}, outside the vocabulary of {vocabulary}")
     # A word is written with and without the space before it.
     words = [encode(text) for word in params.bad_words for text in (word, f" {word}")]
+    never = {word[0] for word in words if len(word) == 1} | set(config.banned_token_ids)
+    if len(never | stop_ids if params.min_tokens else never) == vocabulary:
+        raise ValueError(
+            f"SamplingParams: bad_words and, before min_tokens={params.min_tokens}, stop tokens are all of the "
+            f"vocabulary of {vocabulary}; nothing is left to sample"
+        )
     return LogitsShaper(params, start, stop_ids, words)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import resource
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -92,11 +93,18 @@ def check_kv_size(num_bytes: int | None, fraction: float | None) -> None:
         raise ValueError(f"kv_cache_fraction={fraction} must be above 0 and at most 1")
 
 
+def check_counts(**options: int) -> None:
+    """Raises ValueError for one that is no whole number above 0."""
+    for name, value in options.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value} must be a whole number, at least 1")
+
+
 def kv_size(num_bytes: int | None, fraction: float | None, device: torch.device) -> int:
     """Bytes of the KV cache: as given, or a part of what is free now, or half a gigabyte."""
     if fraction is not None:
         return int(available_bytes(device) * fraction)
-    return DEFAULT_BYTES if num_bytes is None else num_bytes
+    return DEFAULT_BYTES if num_bytes is None else int(num_bytes)
 
 
 def peak_bytes(device: torch.device, in_arenas: int) -> int:

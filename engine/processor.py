@@ -46,6 +46,7 @@ class Processor:
 
         Raises:
             ValueError: a file cannot be decoded, or an image has an impossible size.
+            TypeError: something that is no image.
         """
         raw = [_rgb(open_image(image)) for image in images if not isinstance(image, ImageInput)]
         if raw and self.config.vision is None:
@@ -121,6 +122,8 @@ class Processor:
 def _rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
+        if 0 in image.size:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = getattr(image, "filename", "") or "image"

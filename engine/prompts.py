@@ -29,9 +29,14 @@ def parse_prompt(prompt: Prompt) -> tuple[str, list[int] | None, list[Any]]:
 
 
 def open_image(image: Image.Image | str | Path) -> Image.Image:
-    """Raises ValueError for a file that is missing or no image."""
+    """Raises ValueError for a file that is missing or no image, TypeError for what is neither a path nor an image."""
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, str | Path):
+        kind = type(image).__name__
+        raise TypeError(
+            f"an image is given as {kind}; give a PIL image (Image.fromarray makes one), a path or ImageInput"
+        )
     try:
         return Image.open(image)
     except (OSError, Image.DecompressionBombError) as error:

@@ -74,6 +74,11 @@ class ResidentWeights:
         load_weights(self.model, self.path)
         self.absent.clear()
 
+    def are_given(self) -> None:
+        """All have values, which were put into them in place."""
+        self._check_awake()
+        self.absent.clear()
+
     def check(self) -> None:
         """Raises RuntimeError when there is nothing to compute with."""
         self._check_awake()

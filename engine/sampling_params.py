@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class SamplingParams:
     """vLLM's names and meanings. `seed` keys the noise of a branch: one seed draws one noise at one position.
 
-    n: continuations of a prompt. temperature: 0 is greedy. top_k: 0 is off. min_p: relative to the most probable token.
+    n: continuations of a prompt. temperature: 0 is greedy. top_k: 0 and -1 are off. min_p: relative to the most
+    probable token. seed: its low 64 bits count.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that this run sampled, once or each time;
     repetition_penalty: divides (multiplies, where negative) the logits of all tokens in the sequence.
     logit_bias: token id -> added to its logit. bad_words: never completed.
@@ -30,7 +31,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: Sequence[str] = ()
+    bad_words: str | Sequence[str] = ()
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] = ()
@@ -46,19 +47,21 @@ class SamplingParams:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the class is frozen
         set_("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         set_("stop_token_ids", tuple(self.stop_token_ids))
-        set_("bad_words", tuple(self.bad_words))
+        set_("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words))
+        set_("top_k", 0 if self.top_k == -1 else self.top_k)
         set_("logit_bias", dict(self.logit_bias))
-        finite = "a finite number"
+        # Far outside what is of use, and so that no product or quotient of them and a logit overflows fp32.
+        large, within = 1e10, "within ±1e10"
         checks = (
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more"),
+            ("temperature", self.temperature == 0 or 1e-8 <= self.temperature <= large, "0, or in 1e-8 … 1e10"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_k", 0 <= self.top_k < 2**63, "0 or -1 (off), or more"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), finite),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), finite),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"),
-            ("logit_bias", all(math.isfinite(bias) for bias in self.logit_bias.values()), "a map to finite numbers"),
+            ("presence_penalty", abs(self.presence_penalty) <= large, within),
+            ("frequency_penalty", abs(self.frequency_penalty) <= large, within),
+            ("repetition_penalty", 1e-8 <= self.repetition_penalty <= large, "in 1e-8 … 1e10"),
+            ("logit_bias", all(abs(bias) <= large for bias in self.logit_bias.values()), f"a map to numbers {within}"),
             ("bad_words", all(self.bad_words), "words that are not empty"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
             ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "in 0 … max_tokens"),

@@ -178,6 +178,10 @@ class Sequence:
         if self.closed:
             raise RuntimeError("the sequence is closed; open or fork a new one")
 
+    def check_owner(self, llm: LLM) -> None:
+        if self._llm is not llm:
+            raise ValueError("the sequence belongs to another engine, which holds its KV; open one here")
+
     # -- prefix cache --------------------------------------------------------------------
 
     def block_hash(self, index: int) -> bytes:

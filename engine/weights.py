@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
 @torch.no_grad()
@@ -45,8 +46,7 @@ def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
         if found != wanted:
             raise ValueError(f"{path}: {name} has shape {found}, the config asks for {wanted}")
         missing.discard(name)
-    tied = "lm_head.weight" if "lm_head.weight" not in parameters else None
-    unexpected = [name for name in unexpected if name != tied]
+    unexpected = [name for name in unexpected if name != HEAD]  # of a tied model: it is the embedding
     if missing or unexpected:
         raise ValueError(
             f"{path}: weights do not fit the config: {len(missing)} missing {_some(missing)}, "
@@ -58,6 +58,8 @@ def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> set[str]:
     """Copies tensors by Hugging Face's names into `model`, in place; returns the names of its parameters that it wrote.
 
+    A tied model has no head of its own, and the one of a state dict is passed over: it is the embedding.
+
     Raises:
         ValueError: a name or a shape that the model does not have.
     """
@@ -65,6 +67,8 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tupl
     pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
     written = set()
     for name, tensor in pairs:
+        if name == HEAD not in parameters and tensor.shape == parameters[EMBEDDING].shape:
+            continue
         parameter = parameters.get(canonical_name(name))
         if parameter is None or parameter.shape != tensor.shape:
             found = "is unknown" if parameter is None else f"must have shape {list(parameter.shape)}"

@@ -315,7 +315,7 @@ class Walk:
         logits = self.fresh.model.logits(child.last_hidden[None])[0].clone()
         child.close()
         stop_ids, encode = frozenset(params.stop_token_ids), self.fresh.processor.encode_text
-        shaper = make_shaper(params, start, stop_ids, len(logits), encode)
+        shaper = make_shaper(params, start, stop_ids, self.fresh.config, encode)
         if shaper is not None:
             shaper.apply(logits, sequence.token_ids[:at])
         if params.temperature == 0:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
 
 from engine import LLM, ImageInput, SamplingParams, Sequence
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
@@ -233,3 +234,11 @@ def test_updated_weights_are_used_at_once(vl_checkpoint: Path) -> None:
     assert llm.weight_version == 2
     with pytest.raises(ValueError, match=r"lm_head\.bias, of shape \[3\], is unknown"):
         llm.update_weights({"lm_head.bias": torch.zeros(3)})
+    # A tied model's own state dict names its head too, which is the embedding.
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(vl_checkpoint).state_dict()
+    assert "lm_head.weight" in theirs
+    llm.update_weights(theirs)
+    tied = llm.generate([tokens], params(0, 5), use_tqdm=False)[0].outputs[0]
+    assert (tied.token_ids, tied.logprobs) == (before.token_ids, before.logprobs)
+    with pytest.raises(ValueError, match=r"lm_head\.weight, of shape \[3\], is unknown"):
+        llm.update_weights({"lm_head.weight": torch.zeros(3)})

@@ -234,6 +234,58 @@ def test_a_pool_full_of_parked_sequences_makes_room(llm: LLM) -> None:
         sequence.close()
 
 
+def test_a_sequence_of_another_engine(llm: LLM) -> None:
+    """Its blocks are another pool's, so nothing here may compute with them or give them back."""
+    other = LLM(llm.path, kv_cache_bytes=1 << 20)
+    foreign = other.open([10, 11, 12] * 9)
+    other.prefill([foreign])
+    calls = (
+        lambda: llm.run([foreign], PARAMS),
+        lambda: next(llm.stream([foreign], PARAMS)),
+        lambda: llm.prefill([foreign]),
+        lambda: llm.submit(foreign, PARAMS),
+        lambda: llm.abort(foreign),
+    )
+    for call in calls:
+        refused(llm, call, ValueError, "belongs to another engine")
+    other.submit(foreign, PARAMS)
+    for call in calls:
+        refused(llm, call, ValueError, "belongs to another engine")
+        assert foreign.running
+    while other.scheduler.has_work:
+        other.step()
+    foreign.close()
+    assert other.stats()["blocks_used"] == 0
+
+
+@pytest.mark.parametrize("name", ["block_size", "max_batch_tokens", "max_num_seqs", "num_scheduler_steps"])
+def test_options_that_could_never_run_anything(vl_checkpoint: Path, name: str) -> None:
+    for value in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"{name}={value} must be a whole number"):
+            LLM(vl_checkpoint, **{name: value})
+
+
+def test_values_of_the_wrong_kind(llm: LLM, picture: ImageInput) -> None:
+    with llm.open([10]) as sequence:
+        refused(llm, lambda: llm.run([sequence], SamplingParams(n=3)), ValueError, "n is 3.* fork it 3 times")
+        refused(llm, lambda: llm.run([sequence], SamplingParams(seed=1.5)), TypeError, "as an integer")  # type: ignore[arg-type]
+        refused(llm, lambda: llm.step(0), ValueError, "most=0 must be")
+        refused(llm, lambda: sequence.extend([10.5]), TypeError, "as an integer")  # type: ignore[list-item]
+        for image in (np.zeros((9, 9, 3), dtype=np.uint8), b"...", None):
+            kind = type(image).__name__
+            refused(
+                llm,
+                lambda i=image: sequence.extend([IMAGE], [i]),
+                TypeError,
+                f"an image is given as {kind}; give a PIL",
+            )
+        for size in ((0, 5), (5, 0)):
+            empty = Image.new("RGB", size)
+            refused(llm, lambda i=empty: sequence.extend([IMAGE], [i]), ValueError, f"{size[0]} x {size[1]} pixels")
+        sequence.extend(np.array([11, 12]))
+        assert sequence.token_ids == [10, 11, 12] and all(type(token) is int for token in sequence.token_ids)
+
+
 def test_asleep(llm: LLM) -> None:
     with llm.open([10, 11, 12]) as sequence:
         llm.run([sequence], PARAMS)
@@ -241,4 +293,9 @@ def test_asleep(llm: LLM) -> None:
         for call in (lambda: llm.run([sequence], PARAMS), lambda: llm.prefill([sequence])):
             refused(llm, call, RuntimeError, "asleep; call wake_up")
         llm.wake_up()
+        llm.run([sequence], PARAMS)
+        llm.sleep(level=2)
+        refused(llm, llm.weights_updated, RuntimeError, "weights are asleep; call wake_up")
+        llm.wake_up()
+        llm.reload_weights()
         llm.run([sequence], PARAMS)

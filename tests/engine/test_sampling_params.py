@@ -1,6 +1,8 @@
 """Sampling parameters against plain recomputations, streaming, and refused values."""
 
+import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,13 @@ def test_stream_yields_what_run_returns(llm: LLM, prompt: list[int]) -> None:
         ({"stop": "x", "detokenize": False}, "detokenize is False"),
         ({"logprobs": 0}, "logprobs is 0"),
         ({"bad_words": [""]}, "bad_words is"),
+        ({"temperature": 1e-38}, "temperature is 1e-38"),  # a quotient by it is infinite in fp32
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty is 1e-38"),
+        ({"frequency_penalty": -3e38}, "frequency_penalty is -3e"),
+        ({"logit_bias": {20: 1e39}}, "logit_bias is {20: 1e"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"top_k": 2**63}, "top_k is 9223372036854775808"),
     ],
 )
 def test_bad_values_are_named(params: dict, message: str) -> None:
@@ -159,7 +168,45 @@ def test_bad_values_are_named(params: dict, message: str) -> None:
         SamplingParams(**params)
 
 
-def test_a_bias_outside_the_vocabulary_is_named(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="token 9999, outside the vocabulary of 320"):
-        complete(llm, [10, 11], logit_bias={9999: 1.0})
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logit_bias": {9999: 1.0}}, "logit_bias has token 9999, outside the vocabulary of 320"),
+        ({"stop_token_ids": [40, 320], "min_tokens": 2}, "stop_token_ids has token 320, outside"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids has token -1, outside"),
+        ({"stop_token_ids": range(320), "min_tokens": 1}, "nothing is left to sample"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_named(llm: LLM, params: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        complete(llm, [10, 11], **params)
     assert llm.stats()["sequences_open"] == 0
+
+
+def test_the_ends_of_what_is_allowed_can_be_sampled(llm: LLM, prompt: list[int]) -> None:
+    greedy = complete(llm, prompt, temperature=0).token_ids
+    assert complete(llm, prompt, temperature=1e-8).token_ids == greedy
+    free = complete(llm, prompt, seed=3).token_ids
+    assert (
+        complete(llm, prompt, seed=3, top_k=-1).token_ids == complete(llm, prompt, seed=3, top_k=320).token_ids == free
+    )
+    flat = complete(llm, prompt, temperature=1e10, seed=3)
+    assert flat.entropies == pytest.approx([math.log(320)] * 12, abs=1e-5)
+    for seed in (-(2**63), 2**63, 2**64 - 1, 2**70 + 5):  # 64 bits count
+        assert complete(llm, prompt, seed=seed).token_ids == complete(llm, prompt, seed=seed % 2**64).token_ids
+    extreme = {"repetition_penalty": 1e-8, "frequency_penalty": 1e10, "presence_penalty": -1e10}
+    biased = complete(llm, prompt, temperature=1e-8, logit_bias={77: 1e10, 78: -1e10}, **extreme)
+    assert biased.token_ids[0] == 77 and 78 not in biased.token_ids
+    assert (
+        complete(llm, prompt, bad_words="\n", seed=3).token_ids
+        == complete(llm, prompt, bad_words=["\n"], seed=3).token_ids
+    )
+
+
+def test_an_end_of_sequence_that_the_model_cannot_say(text_checkpoint: Path, tmp_path: Path) -> None:
+    """Its vocabulary may be smaller than the tokenizer's: such an id ends nothing, and `min_tokens` passes it over."""
+    path = shutil.copytree(text_checkpoint, tmp_path / "cut")
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 320]}')
+    llm = LLM(path, kv_cache_bytes=1 << 20)
+    output = complete(llm, [10, 11], min_tokens=3, max_tokens=5, ignore_eos=False, logit_bias={1: 1e4})
+    assert len(output.token_ids) == 4 and output.stop_reason == 1
