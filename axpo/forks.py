@@ -44,7 +44,8 @@ def find_fork(rollout: Trajectory, at: ForkAt, think_end: int, window: int) -> F
 def call_uncertainty(rollout: Trajectory) -> tuple[float, float] | None:
     """(confidence, mean entropy) of the first call, over its tokens behind the opening tag, closing tag included.
 
-    The opening tag is one token of the vocabulary. None when there is no call or nothing was sampled behind the tag.
+    The opening tag is one token of the vocabulary. A call without a token of its own is judged by the one that ended
+    it. None when there is no call, or the tag is the last token that the limits allowed: nothing can follow it.
     """
     span = _call_span(rollout)
     return None if span is None else _uncertainty(rollout, *span)
@@ -52,7 +53,9 @@ def call_uncertainty(rollout: Trajectory) -> tuple[float, float] | None:
 
 def _call_span(rollout: Trajectory) -> tuple[int, int] | None:
     call = rollout.first_call
-    return None if call is None or call.end <= call.start + 1 else (call.start + 1, call.end)
+    if call is None or call.start + 1 == len(rollout.tokens):
+        return None
+    return call.start + 1, max(call.end, call.start + 2)
 
 
 def _answer_span(rollout: Trajectory, think_end: int) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from axpo.config import Loss
 
-# exp() of a larger log-ratio overflows fp32 and turns a clipped token's zero gradient into NaN.
+# exp() of a log-ratio above 88 overflows fp32, which turns a clipped token's zero gradient into NaN.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -119,7 +119,7 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3")
     stands k2's, −d·∇log π_θ, which on policy is the gradient of the KL itself.
     """
     if estimator == "k3":
-        d = log_ratio(ref_logprobs, logprobs)
+        d = (ref_logprobs - logprobs).clamp(max=_MAX_LOG_RATIO)  # only there exp() grows; below, d alone pulls back
         return d.exp() - d - 1
     d = ref_logprobs - logprobs
     k2 = d.square() / 2

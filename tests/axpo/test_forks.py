@@ -93,6 +93,24 @@ def test_where_there_is_nothing_to_fork():
         find_fork(rollout, "answer", THINK_END, 20)
 
 
+@pytest.mark.parametrize("ended_by", [END, OPEN])
+def test_a_call_without_a_token_of_its_own_is_a_candidate(ended_by: int):
+    """Judged by the token that ended it; only behind a tag at the limit of tokens can nothing be continued."""
+    rollout = next(r for r in random_group(random.Random(3), tool_rate=1.0) if r.tool_calls)
+    call = rollout.tool_calls[0]
+    names = ("tokens", "roles", "loss_mask", "logprobs", "entropies", "advantages")
+    cut = {name: getattr(rollout, name)[: call.start + 2] for name in names}
+    empty = replace(call, name=None, arguments=None, ok=False, error="not closed", end=call.start + 1)
+    bare = replace(rollout, **cut, tool_calls=[empty], reward=0.0)
+    bare.tokens[-1] = ended_by
+    fork = find_fork(bare, "call", THINK_END, 20)
+    assert fork is not None and fork.tokens == call.start + 1
+    assert (fork.confidence, fork.entropy) == pytest.approx(judged(bare, [call.start + 1]))
+    assert [c.source for c in find_candidates([[bare]])] == [bare.id]
+    at_limit = replace(bare, **{name: values[:-1] for name, values in cut.items()})
+    assert find_fork(at_limit, "call", THINK_END, 20) is None
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["tool", "no_tool", "always"]), st.sampled_from(KINDS))
 def test_a_trigger_takes_its_subgroup_and_nothing_else(seed: int, trigger, kind):

@@ -219,6 +219,14 @@ def test_kl_is_never_negative_and_zero_for_equal_policies():
         assert (kl_divergence(t.logprobs, t.logprobs, estimator) == 0).all()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_pulls_back_however_far_the_policy_has_gone(estimator: str):
+    """Where the reference gives a token e⁻⁵ to e⁻²⁰⁰ of the policy's probability, a lower KL wants less of it."""
+    logprobs = torch.full((4,), -0.1, requires_grad=True)
+    kl_divergence(logprobs, logprobs.detach() - torch.tensor([5.0, 19.0, 21.0, 200.0]), estimator).sum().backward()
+    assert logprobs.grad is not None and (logprobs.grad > 0.99).all()
+
+
 def test_importance_weights_are_one_where_engine_and_trainer_agree():
     t = tokens(3)
     same = Tokens(t.logprobs, t.entropies, t.old_logprobs, t.old_logprobs, t.advantages, t.weights, t.sequence)

@@ -156,7 +156,10 @@ def test_malformed_and_unclosed_calls_are_attempts():
     call = unclosed.tool_calls[0]
     unclosed.tool_calls = [ToolCall(None, None, False, "never closed", 0, call.start, call.end - 1)]
     call = cut.tool_calls[0]
-    cut.tool_calls = [ToolCall(None, None, False, "never closed", 0, call.start, call.start + 1)]
+    arrays = ("tokens", "roles", "loss_mask", "logprobs", "entropies", "advantages")
+    at_limit = {name: getattr(cut, name)[: call.start + 1] for name in arrays}
+    calls = [ToolCall(None, None, False, "never closed", 0, call.start, call.start + 1)]
+    cut = replace(cut, **at_limit, status="length", tool_calls=calls)
     assert len(tool_using([malformed, unclosed, cut])) == 3
     assert [c.source for c in find_candidates([[malformed, unclosed, cut]])] == [malformed.id, unclosed.id]
 
