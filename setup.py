@@ -47,6 +47,7 @@ def extension() -> dict:
         print(f"axpo: installing without the C++ CPU kernels (plain torch is used): {reason}", file=sys.stderr)
         return {}
 
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     try:  # ninja from PyPI sits next to the interpreter, which need not be on PATH
@@ -64,6 +65,8 @@ def extension() -> dict:
         compile_args.append("-fopenmp")
         link_args.append("-fopenmp")
     cuda = has_nvcc()
+    if cuda and not torch.cuda.is_available():  # torch compiles for the GPUs it sees, and fails where it sees none
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
     patterns = ["cpu/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else [])]
 
     def files(*globs: str) -> list[str]:
@@ -72,7 +75,7 @@ def extension() -> dict:
     library = (CUDAExtension if cuda else CppExtension)(
         name="kernels._csrc",
         sources=files(*patterns),
-        depends=files("cpu/*.h"),
+        depends=[*files("cpu/*.h"), torch.version.__file__],  # a library of another torch's is not up to date
         extra_compile_args={"cxx": compile_args, "nvcc": ["-O3", "-std=c++20"]},
         extra_link_args=link_args,
     )

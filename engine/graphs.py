@@ -9,6 +9,7 @@ another tree of forks is other numbers in the same buffers, and no other graph.
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ class DecodeGraphs:
         self.scores = torch.zeros(2, max_rows, device=self.device)  # log-prob, entropy
         self._buckets: dict[int, Bucket] = {}
         self._addresses = self._parameter_addresses()
-        self._pool: Any = None
+        self._pool: Any = None  # of memory, common to all graphs, as no two of them run at once
+        self._stream: Any = None  # that warms up and captures: each has memory of its own in torch's allocator
 
     @property
     def captured(self) -> list[int]:
@@ -100,6 +102,7 @@ class DecodeGraphs:
         if self._parameter_addresses() != self._addresses:
             self._addresses = self._parameter_addresses()
             self._buckets.clear()
+            self._pool = None  # torch takes no graph into a pool that has lost its last one
 
     @torch.inference_mode()
     def launch(self, batch: DecodeBatch, before: Launched | None = None) -> Launched | None:
@@ -107,6 +110,10 @@ class DecodeGraphs:
 
         Returns None, having done nothing, when the step is not one of these.
         """
+        with device_guard(self.device):
+            return self._launch(batch, before)
+
+    def _launch(self, batch: DecodeBatch, before: Launched | None) -> Launched | None:
         rows = len(batch)
         if not 0 < rows <= self.sizes[-1] or batch.shaped:
             return None
@@ -182,17 +189,19 @@ class DecodeGraphs:
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
         """Runs the step twice first, as kernels are compiled and libraries set up by their first call."""
         sampled = self.tokens.clone()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._compute(bucket.rows, bucket.plan)
                 self.tokens.copy_(sampled)  # the step's own input
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(self._stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             self._compute(bucket.rows, bucket.plan)
         return graph
 
@@ -223,6 +232,11 @@ class DecodeGraphs:
 
     def _parameter_addresses(self) -> tuple[int, ...]:
         return tuple(parameter.data_ptr() for parameter in self.model.parameters())
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, whose streams events and graphs take; another may be, where several are seen."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def bucket_sizes(most: int) -> list[int]:

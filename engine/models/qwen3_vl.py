@@ -126,8 +126,8 @@ def mrope(position_ids: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
     all others take the time.
     """
     axis, frequencies = mrope_table(config, position_ids.device)
-    angles = position_ids.float()[axis].T * frequencies
-    return angles.cos(), angles.sin()
+    angles = position_ids.float()[axis].T * frequencies  # laid out as [D / 2, T], which every layer would copy
+    return angles.cos().contiguous(), angles.sin().contiguous()
 
 
 @cache

@@ -30,8 +30,9 @@ def check(
 
 def temperature_of_rows(temperature: float | torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """[N] contiguous, in the accumulator's dtype."""
-    per_row = torch.as_tensor(temperature, dtype=accumulator(hidden), device=hidden.device)
-    return per_row.expand(hidden.shape[0]).contiguous()
+    if not isinstance(temperature, torch.Tensor):  # made on the device, and not sent to it, which would wait
+        return torch.full(hidden.shape[:1], temperature, dtype=accumulator(hidden), device=hidden.device)
+    return temperature.to(hidden.device, accumulator(hidden)).expand(hidden.shape[0]).contiguous()
 
 
 def merge_states(states: torch.Tensor) -> torch.Tensor:
