@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from engine.attention.backend import Backend, StepAttention, Target, leading_single
-from engine.memory import KVCache
+from engine.attention.backend import StepAttention, leading_single
+from engine.attention.package import PackageBackend, joined
 
 if TYPE_CHECKING:
     from engine.runner import Packed
 
-PAGE = 256  # tokens: flash-attn 2 reads pages of this size and its multiples
 
-
-class FlashAttention(Backend):
+class FlashAttention(PackageBackend):
     name = "flash_attn"
     about = "the flash-attn package, paged; reads shared KV once for each sequence"
-
-    def __init__(self, kv: KVCache, target: Target, share_prefixes: bool):
-        super().__init__(kv, target, share_prefixes)
-        self.package: Any = import_module("flash_attn")
-
-    @classmethod
-    def why_not(cls, target: Target) -> str | None:
-        if find_spec("flash_attn") is None:
-            return "the flash-attn package is not installed; pip install 'axpo[flash-attn]'"
-        return why_not_cuda_half(target) or (
-            f"block_size is {target.block_size}, and its pages are multiples of {PAGE} tokens; give block_size={PAGE}"
-            if target.block_size % PAGE
-            else f"head_dim is {target.head_dim}, and it takes multiples of 8 up to 256; use 'ours' or 'sdpa'"
-            if target.head_dim % 8 or target.head_dim > 256
-            else None
-        )
+    module = "flash_attn"
+    page = 256  # flash-attn 2 reads pages of this size and its multiples
+    head_dims, takes = range(8, 257, 8), "multiples of 8 up to 256"
 
     def step(self, packed: Packed) -> FlashStep:
         return FlashStep(self, packed)
@@ -74,18 +56,7 @@ class FlashStep(StepAttention):
             parts.append(decoded[:, 0])
         if self.chunks is not None:
             parts.append(self.package.flash_attn_varlen_func(q[n:], keys, values, **self.chunks, **same))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def why_not_cuda_half(target: Target) -> str | None:
-    """What flash-attn and xformers both need."""
-    if target.device.type != "cuda":
-        return f"it runs on CUDA, and the engine is on the {target.device.type.upper()}; use 'ours' or 'sdpa'"
-    if target.dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype is {target.dtype}, and it takes bf16 and fp16; give dtype=torch.bfloat16"
-    if torch.cuda.get_device_capability(target.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0; use 'ours' or 'sdpa'"
-    return None
+        return joined(parts)
 
 
 def _cumulated(counts: np.ndarray) -> np.ndarray:

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from engine.attention.backend import Backend, StepAttention, Target, leading_single
-from engine.attention.flash_attn import why_not_cuda_half
-from engine.memory import KVCache
+from engine.attention.backend import StepAttention, leading_single
+from engine.attention.package import PackageBackend, joined
 
 if TYPE_CHECKING:
     from engine.runner import Packed
 
-PAGE = 64  # tokens: keys of one step of its loop, which do not cross pages
-DIMS = (16, 32, 64, 128, 256)
 
-
-class XFormers(Backend):
+class XFormers(PackageBackend):
     name = "xformers"
     about = "xformers' fmha, split-K over pages for decoding; reads shared KV once for each sequence"
-
-    def __init__(self, kv: KVCache, target: Target, share_prefixes: bool):
-        super().__init__(kv, target, share_prefixes)
-        self.fmha: Any = import_module("xformers.ops").fmha
-
-    @classmethod
-    def why_not(cls, target: Target) -> str | None:
-        if find_spec("xformers") is None:
-            return "the xformers package is not installed; pip install 'axpo[xformers]'"
-        return why_not_cuda_half(target) or (
-            f"block_size is {target.block_size}, and its pages are multiples of {PAGE} tokens; give block_size={PAGE}"
-            if target.block_size % PAGE
-            else f"head_dim is {target.head_dim}, and it takes {', '.join(map(str, DIMS))}; use 'ours' or 'sdpa'"
-            if target.head_dim not in DIMS
-            else None
-        )
+    module = "xformers.ops"
+    page = 64  # keys of one step of its loop, which do not cross pages
+    head_dims, takes = (16, 32, 64, 128, 256), "16, 32, 64, 128, 256"
 
     def step(self, packed: Packed) -> XFormersStep:
         return XFormersStep(self, packed)
@@ -52,10 +32,10 @@ class XFormersStep(StepAttention):
 
     def __init__(self, backend: XFormers, packed: Packed):
         super().__init__(backend.kv, backend.tensor(packed.slots), backend.writes(packed))
-        self.fmha, self.scale, self.target = backend.fmha, backend.scale, backend.target
+        self.fmha, self.scale, self.target = backend.package.fmha, backend.scale, backend.target
         self.decoding = single = leading_single(packed)
         heads, size = self.target.num_kv_heads, self.target.block_size
-        lengths, bias = packed.context_lens.tolist(), backend.fmha.attn_bias
+        lengths, bias = packed.context_lens.tolist(), self.fmha.attn_bias
         device = {"device": self.target.device}
         if single:
             tables = packed.tables[:single] * heads + np.arange(heads, dtype=np.int32)[:, None, None]
@@ -94,7 +74,7 @@ class XFormersStep(StepAttention):
             queries = q[n:].view(1, -1, heads, group, dim)
             attended = attention(queries, keys, values, attn_bias=self.causal, scale=self.scale)
             parts.append(attended.reshape(-1, heads * group, dim))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined(parts)
 
 
 def _cells(tables: np.ndarray, lengths: list[int], block_size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
-from engine.attention import BACKENDS, Target, choose_backend
+from engine.attention import BACKENDS, Target, choose_backend, package
 from tests.engine import flash_emulation
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START
 
@@ -100,7 +100,7 @@ def test_an_explicit_choice_that_cannot_serve_is_an_error(name: str, target: Tar
 @pytest.mark.parametrize("name", ["flash_attn", "xformers"])
 def test_installed_packages_name_what_keeps_them_from_serving(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = BACKENDS[name]
-    monkeypatch.setattr(sys.modules[backend.__module__], "find_spec", lambda name: object())
+    monkeypatch.setattr(package, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert backend.why_not(CUDA) is None
     page = {"flash_attn": 256, "xformers": 64}[name]
