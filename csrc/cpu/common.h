@@ -1,4 +1,4 @@
-// Shared by the CPU kernels: run-time instruction-set dispatch and small fixed-width vectors.
+// Shared by the CPU kernels: run-time instruction-set dispatch, and vectors of eight and of sixteen floats.
 //
 // Every .cpp of this directory registers its own operators in its own fragment:
 //     TORCH_LIBRARY_FRAGMENT(axpo, m) {
@@ -58,18 +58,33 @@ static inline bool has_wide_vectors() {
 #endif
 }
 
-// Eight floats: one AVX register, or two SSE/NEON ones. gcc and clang lower it on every target. `may_alias` and the
-// one-float alignment make loads through float pointers legal and unaligned.
+// Eight floats: one AVX register, or two SSE/NEON ones; and sixteen: one AVX-512 register, or as many smaller ones as
+// it takes. gcc and clang lower them on every target. `may_alias` and the one-float alignment make loads through float
+// pointers legal and unaligned.
 typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef float f32x4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float f32x16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 
 static AXPO_INLINE f32x8 load8(const float* p) { return *reinterpret_cast<const f32x8_unaligned*>(p); }
+static AXPO_INLINE f32x16 load16(const float* p) { return *reinterpret_cast<const f32x16_unaligned*>(p); }
 static AXPO_INLINE void store8(float* p, f32x8 v) { *reinterpret_cast<f32x8_unaligned*>(p) = v; }
+static AXPO_INLINE void store16(float* p, f32x16 v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
 // Written as x - 0, which gcc folds to one broadcast; a braced list of eight x it sometimes assembles lane by lane.
-static AXPO_INLINE f32x8 splat8(float x) { return x - f32x8{}; }
-static AXPO_INLINE f32x8 max8(f32x8 a, f32x8 b) { return a > b ? a : b; }
+template <class V>
+static AXPO_INLINE V splat(float x) {
+  return x - V{};
+}
+static AXPO_INLINE f32x8 splat8(float x) { return splat<f32x8>(x); }
+static AXPO_INLINE f32x16 splat16(float x) { return splat<f32x16>(x); }
+template <class V>
+static AXPO_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+static AXPO_INLINE f32x8 max8(f32x8 a, f32x8 b) { return maximum(a, b); }
 
 // Sum and maximum of the lanes, in one fixed tree order.
 static AXPO_INLINE float sum8(f32x8 v) {
@@ -82,35 +97,71 @@ static AXPO_INLINE float hmax8(f32x8 v) {
   b = b > d ? b : d;
   return a > b ? a : b;
 }
+static AXPO_INLINE float sum16(f32x16 v) {
+  float lanes[16];
+  store16(lanes, v);
+  return sum8(load8(lanes) + load8(lanes + 8));
+}
+static AXPO_INLINE float hmax16(f32x16 v) {
+  float lanes[16];
+  store16(lanes, v);
+  return hmax8(max8(load8(lanes), load8(lanes + 8)));
+}
+
+// The exponentials below give a value the same bits in a vector of either width. V is f32x8 or f32x16; Bits<V> are its
+// lanes as int32_t.
+template <class V>
+using Bits = decltype(V{} < V{});
+
+// 1.5 * 2^23: adding it rounds to the nearest integer, which the low bits then hold.
+constexpr float kMagic = 12582912.0f;
+
+// 2^x for -126 <= x <= 126 (relative error about 1e-7).
+template <class V>
+static AXPO_INLINE V power(V x) {
+  const V magic = splat<V>(kMagic);
+  const V shifted = x + magic;
+  const V r = x - (shifted - magic);
+  V p = splat<V>(1.5353362e-4f);
+  p = p * r + splat<V>(1.3398874e-3f);
+  p = p * r + splat<V>(9.6184373e-3f);
+  p = p * r + splat<V>(5.5503324e-2f);
+  p = p * r + splat<V>(2.4022648e-1f);
+  p = p * r + splat<V>(6.9314720e-1f);
+  p = p * r + splat<V>(1.0f);
+  return reinterpret_cast<V>(reinterpret_cast<Bits<V>>(p) + (reinterpret_cast<Bits<V>>(shifted) << 23));
+}
+static AXPO_INLINE f32x16 power16(f32x16 x) { return power(x); }
 
 // e^x for x <= 88.7 (relative error about 1e-7). Below -87.3, where fp32 leaves its normal range, the result is 0;
 // -inf gives 0 and NaN gives NaN. Larger x than 88.7 is clamped.
 // x = n ln2 + r with |r| <= ln2/2; e^r by a degree-6 polynomial; 2^n through the exponent bits.
-static AXPO_INLINE f32x8 exp8(f32x8 x) {
-  const f32x8 low = splat8(-87.33654f), high = splat8(88.72f);
-  f32x8 c = x < low ? low : x;
+template <class V>
+static AXPO_INLINE V exponential(V x) {
+  const V low = splat<V>(-87.33654f), high = splat<V>(88.72f), magic = splat<V>(kMagic);
+  V c = x < low ? low : x;
   c = c > high ? high : c;
-  const f32x8 magic = splat8(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  f32x8 shifted = c * splat8(1.44269504088896341f) + magic;
-  f32x8 n = shifted - magic;
-  f32x8 r = c - n * splat8(0.693359375f);
-  r = r - n * splat8(-2.12194440e-4f);
-  f32x8 p = splat8(1.9875691500e-4f);
-  p = p * r + splat8(1.3981999507e-3f);
-  p = p * r + splat8(8.3334519073e-3f);
-  p = p * r + splat8(4.1665795894e-2f);
-  p = p * r + splat8(1.6666665459e-1f);
-  p = p * r + splat8(5.0000001201e-1f);
-  p = p * (r * r) + r + splat8(1.0f);
+  const V shifted = c * splat<V>(1.44269504088896341f) + magic;
+  const V n = shifted - magic;
+  V r = c - n * splat<V>(0.693359375f);
+  r = r - n * splat<V>(-2.12194440e-4f);
+  V p = splat<V>(1.9875691500e-4f);
+  p = p * r + splat<V>(1.3981999507e-3f);
+  p = p * r + splat<V>(8.3334519073e-3f);
+  p = p * r + splat<V>(4.1665795894e-2f);
+  p = p * r + splat<V>(1.6666665459e-1f);
+  p = p * r + splat<V>(5.0000001201e-1f);
+  p = p * (r * r) + r + splat<V>(1.0f);
   // The low bits of `shifted` hold n; p lies in [0.7, 1.42), so n is added to its exponent in two halves to stay in
   // range at both ends.
-  i32x8 e = reinterpret_cast<i32x8>(shifted) - reinterpret_cast<i32x8>(magic);
-  i32x8 half = e >> 1;
-  f32x8 s1 = reinterpret_cast<f32x8>((half + 127) << 23);
-  f32x8 s2 = reinterpret_cast<f32x8>((e - half + 127) << 23);
-  f32x8 y = p * s1 * s2;
-  y = x < low ? splat8(0.0f) : y;
+  const Bits<V> e = reinterpret_cast<Bits<V>>(shifted) - reinterpret_cast<Bits<V>>(magic), half = e >> 1;
+  const V s1 = reinterpret_cast<V>((half + 127) << 23);
+  const V s2 = reinterpret_cast<V>((e - half + 127) << 23);
+  V y = p * s1 * s2;
+  y = x < low ? splat<V>(0.0f) : y;
   return x == x ? y : x;
 }
+static AXPO_INLINE f32x8 exp8(f32x8 x) { return exponential(x); }
+static AXPO_INLINE f32x16 exp16(f32x16 x) { return exponential(x); }
 
 }  // namespace axpo

@@ -1,4 +1,5 @@
-// Vectors of eight or sixteen floats, and bf16 in memory: read as floats, and rounded to nearest when written.
+// Vectors whose number of lanes is a template's argument, and bf16 in memory: read as floats, rounded to nearest when
+// written.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,42 +10,42 @@ namespace axpo {
 
 using bf16 = c10::BFloat16;
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef float f32x16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint16_t u16x8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint16_t u16x16_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
 
-// Vectors of kLanes floats. Where kernels use them, lanes are different results and never parts of one sum, so their
-// number does not change a result.
+// Vectors of kLanes floats.
 template <int kLanes>
 struct Lanes;
 
 template <>
 struct Lanes<8> {
   using V = f32x8;
-  using I = i32x8;
+  using I = Bits<V>;
   static AXPO_INLINE V load(const float* p) { return load8(p); }
   static AXPO_INLINE V load(const bf16* p) {
     const u16x8_unaligned bits = *reinterpret_cast<const u16x8_unaligned*>(p);
     return reinterpret_cast<V>(__builtin_convertvector(bits, u32x8) << 16);
   }
   static AXPO_INLINE void store(float* p, V v) { store8(p, v); }
+  static AXPO_INLINE float sum(V v) { return sum8(v); }
+  static AXPO_INLINE float max(V v) { return hmax8(v); }
 };
 
 template <>
 struct Lanes<16> {
   using V = f32x16;
-  using I = i32x16;
-  static AXPO_INLINE V load(const float* p) { return *reinterpret_cast<const f32x16_unaligned*>(p); }
+  using I = Bits<V>;
+  static AXPO_INLINE V load(const float* p) { return load16(p); }
   static AXPO_INLINE V load(const bf16* p) {
     const u16x16_unaligned bits = *reinterpret_cast<const u16x16_unaligned*>(p);
     return reinterpret_cast<V>(__builtin_convertvector(bits, u32x16) << 16);
   }
-  static AXPO_INLINE void store(float* p, V v) { *reinterpret_cast<f32x16_unaligned*>(p) = v; }
+  static AXPO_INLINE void store(float* p, V v) { store16(p, v); }
+  static AXPO_INLINE float sum(V v) { return sum16(v); }
+  static AXPO_INLINE float max(V v) { return hmax16(v); }
 };
 
 // Rows that a product of two vectors' width keeps in registers: there are 32 of 16 lanes, or 16 of 8.

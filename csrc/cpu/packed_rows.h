@@ -2,7 +2,7 @@
 // of 16, or of 8 for the halves of a head.
 #pragma once
 
-#include "wide.h"
+#include "common.h"
 
 namespace axpo {
 

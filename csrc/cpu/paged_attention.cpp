@@ -74,7 +74,7 @@ AXPO_INLINE void attend(const Tile& tile, const Cache<T>& c, Prefetcher<T>& ahea
     // Every row sees key 0, so its maximum is finite from the first split on; a split that it does not see adds 0.
     for (int64_t r = 0; r < row_total; r += 8) {
       const f32x8 before = load8(peak + r), here = load8(part_peak + r), after = max8(before, here);
-      const f32x8 a = exp2_8(before - after), b = exp2_8(here - after);
+      const f32x8 a = exp2_lanes(before - after), b = exp2_lanes(here - after);
       store8(peak + r, after);
       store8(keep + r, a);
       store8(add + r, b);

@@ -272,12 +272,12 @@ AXPO_INLINE void softmax_row(float* row, int64_t seen, int64_t width, float* pea
   f32x8 total = splat8(0.0f);
   int64_t j = 0;
   for (const typename L::V base = *peak - typename L::V{}; j < wide; j += kLanes) {
-    L::store(row + j, exp2_lanes<kLanes>(L::load(row + j) - base));
+    L::store(row + j, exp2_lanes(L::load(row + j) - base));
     for (int64_t i = 0; i < kLanes; i += 8) total += load8(row + j + i);
   }
   const f32x8 base = splat8(*peak);
   for (; j < seen; j += 8) {
-    const f32x8 w = exp2_8(load8(row + j) - base);
+    const f32x8 w = exp2_lanes(load8(row + j) - base);
     store8(row + j, w);
     total += w;
   }

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "wide.h"
+#include "common.h"
 
 namespace axpo {
 

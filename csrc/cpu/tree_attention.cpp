@@ -97,7 +97,7 @@ AXPO_INLINE void add_partials_of(const Shape& s, const float* const* partials, i
       const int64_t at = (d / kStrip * kPanel + r) * kStrip + d % kStrip;
       f32x8 total = splat8(0.0f);
       for (int64_t i = 0; i < partial_count; ++i) total += load8(partials[i] + at);
-      store_elements(grad + r * s.kv_heads * s.dim + d, total * splat8(factor));
+      store_row8(grad + r * s.kv_heads * s.dim + d, total * splat8(factor));
     }
   }
 }
@@ -106,7 +106,7 @@ AXPO_CLONES void add_partials(const Shape& s, const float* const* partials, int6
   add_partials_of(s, partials, n, rows, factor, grad);
 }
 AXPO_CLONES void add_partials(const Shape& s, const float* const* partials, int64_t n, int64_t rows, float factor,
-                              c10::BFloat16* grad) {
+                              bf16* grad) {
   add_partials_of(s, partials, n, rows, factor, grad);
 }
 
@@ -162,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q_in, const 
   at::Tensor out = at::empty(q.sizes(), q.options());
   at::Tensor lse = at::empty({s.q_heads, s.tokens}, q.options().dtype(at::kFloat));
   if (s.tokens == 0 || s.dim == 0) return {out, lse};
-  const auto run = q.scalar_type() == at::kFloat ? forward<float> : forward<c10::BFloat16>;
+  const auto run = q.scalar_type() == at::kFloat ? forward<float> : forward<bf16>;
   run(s, q, k, v, subtree_end, static_cast<float>(scale), out, lse);
   return {out, lse};
 }
@@ -246,7 +246,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> tree_attention_backward(
   at::Tensor grad_q = at::empty(q.sizes(), q.options());
   at::Tensor grad_k = at::empty(k.sizes(), k.options()), grad_v = at::empty(v.sizes(), v.options());
   if (s.tokens == 0 || s.dim == 0) return {grad_q, grad_k, grad_v};
-  const auto run = q.scalar_type() == at::kFloat ? backward<float> : backward<c10::BFloat16>;
+  const auto run = q.scalar_type() == at::kFloat ? backward<float> : backward<bf16>;
   run(s, {grad_out, q, k, v, subtree_end, out, lse, grad_q, grad_k, grad_v}, static_cast<float>(scale));
   return {grad_q, grad_k, grad_v};
 }

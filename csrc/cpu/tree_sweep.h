@@ -52,7 +52,7 @@ AXPO_INLINE void addresses(const float* base, int64_t size, const int64_t* panel
 
 template <class Isa>
 AXPO_INLINE void forward_sweep(const ForwardTile& a) {
-  using V = typename Isa::Vector;
+  using V = typename Isa::V;
   constexpr int kLanes = Isa::kLanes, kVectors = kPanel / kLanes;
   const Shape& s = a.s;
   const int64_t last = a.first + a.count - 1;
@@ -73,28 +73,28 @@ AXPO_INLINE void forward_sweep(const ForwardTile& a) {
 
     for (int64_t r = 0; r < row_count; ++r) {
       const float* row = a.scores + r * kCols;
-      V m = load<V>(row);
-      for (int j = 1; j < kVectors * n; ++j) m = maximum(m, load<V>(row + kLanes * j));
-      a.fresh[r] = hmax8(halved_max(m));
+      V m = Isa::load(row);
+      for (int j = 1; j < kVectors * n; ++j) m = maximum(m, Isa::load(row + kLanes * j));
+      a.fresh[r] = Isa::max(m);
     }
     for (int64_t r = 0; r < kRows; r += kLanes) {
-      const V before = load<V>(a.peak + r), after = maximum(before, load<V>(a.fresh + r));
-      store(a.peak + r, after);
+      const V before = Isa::load(a.peak + r), after = maximum(before, Isa::load(a.fresh + r));
+      Isa::store(a.peak + r, after);
       // A row that has seen nothing yet subtracts 0 instead of minus infinity from itself.
       const V base = after == splat<V>(kNegInf) ? splat<V>(0.0f) : after;
-      store(a.fresh + r, base);
-      store(a.decay + r, exp2_lanes<Isa>(before - base));
+      Isa::store(a.fresh + r, base);
+      Isa::store(a.decay + r, exp2_lanes(before - base));
     }
     for (int64_t r = 0; r < row_count; ++r) {
       float* row = a.scores + r * kCols;
       const float base = a.fresh[r];
       V total = splat<V>(0.0f);
       for (int j = 0; j < kVectors * n; ++j) {
-        const V w = exp2_lanes<Isa>(load<V>(row + kLanes * j) - base);
-        store(row + kLanes * j, w);
+        const V w = exp2_lanes(Isa::load(row + kLanes * j) - base);
+        Isa::store(row + kLanes * j, w);
         total += w;
       }
-      a.sum[r] = a.sum[r] * a.decay[r] + sum_lanes(total);
+      a.sum[r] = a.sum[r] * a.decay[r] + Isa::sum(total);
     }
     weighted_rows<Isa, true>(a.scores, values, n, s.strips, row_count, a.decay, a.acc);
   }
@@ -132,7 +132,7 @@ struct BackwardTile {
 
 template <class Isa>
 AXPO_INLINE void backward_sweep(const BackwardTile& a) {
-  using V = typename Isa::Vector;
+  using V = typename Isa::V;
   constexpr int kLanes = Isa::kLanes, kVectors = kPanel / kLanes;
   const Shape& s = a.s;
   const int64_t last = a.first + a.count - 1;
@@ -157,9 +157,9 @@ AXPO_INLINE void backward_sweep(const BackwardTile& a) {
       for (int j = 0; j < kVectors * n; ++j) {
         float *w = a.weights + r * kCols + kLanes * j, *g = a.grad_scores + r * kCols + kLanes * j;
         // The saved lse is rounded, so the difference may come out a little above 0: exp2_lanes takes that.
-        const V weight = exp2_lanes<Isa>(load<V>(w) - base);
-        store(w, weight);
-        store(g, weight * (load<V>(g) - shift));
+        const V weight = exp2_lanes(Isa::load(w) - base);
+        Isa::store(w, weight);
+        Isa::store(g, weight * (Isa::load(g) - shift));
       }
     }
     addresses(a.k_rows, s.panel_size(), panels, n, of_panels);

@@ -48,7 +48,7 @@ AXPO_INLINE void pack_rows_of(const T* x, int64_t row_stride, int64_t count, int
         const bool inside = r < count && half < halves;
         const T* from = x + r * row_stride + s * kStrip + 8 * half;
         store8(out + (s * out_rows + r) * kStrip + 8 * half,
-               inside ? load_elements(from) * splat8(factor) : splat8(0.0f));
+               inside ? load_row8(from) * splat8(factor) : splat8(0.0f));
       }
     }
   }
@@ -61,7 +61,7 @@ AXPO_INLINE void unpack_rows_of(const float* from, const float* factor, int64_t 
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t d = 0; d < dim; d += 8) {
       const f32x8 value = load8(from + (d / kStrip * kRows + r) * kStrip + d % kStrip);
-      store_elements(rows + r * row_stride + d, value * splat8(factor[r]));
+      store_row8(rows + r * row_stride + d, value * splat8(factor[r]));
     }
   }
 }
@@ -72,7 +72,7 @@ AXPO_INLINE void row_dots_of(const T* a, const T* b, int64_t row_stride, int64_t
   for (int64_t r = 0; r < kRows; ++r) {
     f32x8 total = splat8(0.0f);
     for (int64_t d = 0; r < count && d < dim; d += 8) {
-      total += load_elements(a + r * row_stride + d) * load_elements(b + r * row_stride + d);
+      total += load_row8(a + r * row_stride + d) * load_row8(b + r * row_stride + d);
     }
     out[r] = sum8(total);
   }
@@ -91,7 +91,7 @@ AXPO_INLINE void row_dots_of(const T* a, const T* b, int64_t row_stride, int64_t
     row_dots_of(a, b, row_stride, count, dim, out);                                                                 \
   }
 AXPO_ELEMENTS(float)
-AXPO_ELEMENTS(c10::BFloat16)
+AXPO_ELEMENTS(bf16)
 #undef AXPO_ELEMENTS
 
 // 16 rows [strips][16][16] transposed: out [padded D][16].
@@ -114,19 +114,19 @@ AXPO_CLONES void transpose_panel(const float* rows, int64_t strip_count, float* 
 template <class Isa>
 AXPO_INLINE void row_products(const float* rows, const float* const* panels, int64_t count, int64_t strip_count,
                               int64_t row_count, float* scores) {
-  using V = typename Isa::Vector;
+  using V = typename Isa::V;
   for (int64_t i = 0; i < count; i += Isa::kPair) {
     const float *p0 = panels[i], *p1 = Isa::kPair == 1 ? p0 + 8 : panels[std::min(i + 1, count - 1)];
     for (int64_t r = 0; r < row_count; r += Isa::kBlock) {
       V acc[Isa::kBlock][2] = {};
       for (int64_t s = 0; s < strip_count; ++s) {
         const int64_t at = s * kStrip * kPanel;
-        fma16_pair<V, Isa::kBlock, kStrip, 1>(acc, rows + (s * kRows + r) * kStrip, p0 + at, p1 + at);
+        fma16_pair<Isa, Isa::kBlock, kStrip, 1>(acc, rows + (s * kRows + r) * kStrip, p0 + at, p1 + at);
       }
 #pragma GCC unroll 16
       for (int j = 0; j < Isa::kBlock; ++j) {
-        store(scores + (r + j) * kCols + i * kPanel, acc[j][0]);
-        store(scores + (r + j) * kCols + i * kPanel + Isa::kLanes, acc[j][1]);
+        Isa::store(scores + (r + j) * kCols + i * kPanel, acc[j][0]);
+        Isa::store(scores + (r + j) * kCols + i * kPanel + Isa::kLanes, acc[j][1]);
       }
     }
   }
@@ -143,7 +143,7 @@ AXPO_INLINE int64_t second(int64_t s, int64_t strip_count, int64_t strip_size) {
 template <class Isa, bool kDecay>
 AXPO_INLINE void weighted_rows(const float* weights, const float* const* panels, int64_t panel_count,
                                int64_t strip_count, int64_t row_count, const float* decay, float* out) {
-  using V = typename Isa::Vector;
+  using V = typename Isa::V;
   for (int64_t s = 0; s < strip_count; s += Isa::kPair) {
     const int64_t next = second<Isa>(s, strip_count, kRows * kStrip);
     const int64_t next_of_panel = second<Isa>(s, strip_count, kPanel * kStrip);
@@ -153,17 +153,17 @@ AXPO_INLINE void weighted_rows(const float* weights, const float* const* panels,
 #pragma GCC unroll 16
       for (int i = 0; i < Isa::kBlock; ++i) {
         const float factor = kDecay ? decay[r + i] : 1.0f;
-        acc[i][0] = load<V>(target + i * kStrip) * factor;
-        acc[i][1] = load<V>(target + i * kStrip + next) * factor;
+        acc[i][0] = Isa::load(target + i * kStrip) * factor;
+        acc[i][1] = Isa::load(target + i * kStrip + next) * factor;
       }
       for (int64_t n = 0; n < panel_count; ++n) {
         const float* b = panels[n] + s * kPanel * kStrip;
-        fma16_pair<V, Isa::kBlock, kCols, 1>(acc, weights + r * kCols + n * kPanel, b, b + next_of_panel);
+        fma16_pair<Isa, Isa::kBlock, kCols, 1>(acc, weights + r * kCols + n * kPanel, b, b + next_of_panel);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Isa::kBlock; ++i) {
-        store(target + i * kStrip, acc[i][0]);
-        store(target + i * kStrip + next, acc[i][1]);
+        Isa::store(target + i * kStrip, acc[i][0]);
+        Isa::store(target + i * kStrip + next, acc[i][1]);
       }
     }
   }
@@ -173,7 +173,7 @@ AXPO_INLINE void weighted_rows(const float* weights, const float* const* panels,
 // rows ([strips][kRows][16]).
 template <class Isa, int MR>
 AXPO_INLINE void add_columns(const float* weights, const float* rows, int64_t strip_count, float* out) {
-  using V = typename Isa::Vector;
+  using V = typename Isa::V;
   for (int64_t s = 0; s < strip_count; s += Isa::kPair) {
     const int64_t next = second<Isa>(s, strip_count, kPanel * kStrip);
     const float* source = rows + s * kRows * kStrip;
@@ -182,16 +182,16 @@ AXPO_INLINE void add_columns(const float* weights, const float* rows, int64_t st
     V acc[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      acc[i][0] = load<V>(target + i * kStrip);
-      acc[i][1] = load<V>(target + i * kStrip + next);
+      acc[i][0] = Isa::load(target + i * kStrip);
+      acc[i][1] = Isa::load(target + i * kStrip + next);
     }
     for (int k = 0; k < kRows; k += 16) {
-      fma16_pair<V, MR, 1, kCols>(acc, weights + k * kCols, source + k * kStrip, source_next + k * kStrip);
+      fma16_pair<Isa, MR, 1, kCols>(acc, weights + k * kCols, source + k * kStrip, source_next + k * kStrip);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      store(target + i * kStrip, acc[i][0]);
-      store(target + i * kStrip + next, acc[i][1]);
+      Isa::store(target + i * kStrip, acc[i][0]);
+      Isa::store(target + i * kStrip + next, acc[i][1]);
     }
   }
 }
