@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.command import head, row
 from kernels import linear
 from kernels.linear import linear_reference
 
@@ -29,8 +30,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     square = torch.randn(1024, 1024)
-    print("| dtype | rows | weight | ours ms | torch ms | ours × | ours GFLOP/s | floor GFLOP/s | weight GB/s |")
-    print("|---|--:|---|--:|--:|--:|--:|--:|--:|")
+    columns = ["ours ms", "torch ms", "ours ×", "ours GFLOP/s", "floor GFLOP/s", "weight GB/s"]
+    print(head(["dtype", "rows", "weight", *columns], text=(0, 2)))
     for dtype in args.dtype:
         for rows in args.rows:
             for name, (n, k) in SHAPES.items():
@@ -47,7 +48,7 @@ def main() -> None:
                     f"{flops / took / 1e9:.0f}" for flops, took in ((2 * rows * n * k, ours), (2 * 1024**3, floor))
                 ]
                 cells = [dtype, str(rows), f"{name} {n} × {k}", *times, *rates, f"{weights[0].nbytes / ours / 1e9:.1f}"]
-                print(f"| {' | '.join(cells)} |", flush=True)
+                print(row(cells), flush=True)
 
 
 def best(*functions: Callable[[], object], rounds: int = 7) -> list[float]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.command import add_json, head, row, settings, write_json
 from kernels import linear_logprob_entropy
 
 SYSTEMS = ("plain", "compiled", "ours")
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; default torch's own choice")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--systems", default="plain,ours", help=f"of {', '.join(SYSTEMS)}")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    add_json(parser)
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -119,15 +120,13 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {cpu_name()}"
     print(f"{name}, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")
     print(f"N {args.tokens}, H {args.hidden}, V {args.vocabulary}, {args.dtype}, forward and backward\n")
-    print("| system | forward s | backward s | total s | CPU s | peak MB | log-prob error |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print(head(["system", "forward s", "backward s", "total s", "CPU s", "peak MB", "log-prob error"]))
     for system, r in rows.items():
-        figures = " | ".join(f"{r[key]:.3f}" for key in ("forward_s", "backward_s", "total_s", "cpu_s"))
-        print(f"| {system} | {figures} | {r['peak_bytes'] / 1e6:.0f} | {r['logprob_error']:.1e} |")
-    if args.json:
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        record = {"date": str(date.today()), "machine": name, "versions": versions, "arguments": vars(args)}
-        Path(args.json).write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        figures = [f"{r[key]:.3f}" for key in ("forward_s", "backward_s", "total_s", "cpu_s")]
+        print(row([system, *figures, f"{r['peak_bytes'] / 1e6:.0f}", f"{r['logprob_error']:.1e}"]))
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    record = {"date": str(date.today()), "machine": name, "versions": versions, "arguments": settings(args)}
+    write_json(args.json, record | {"rows": rows})
 
 
 def cpu_name() -> str:

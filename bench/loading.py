@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.command import add_json, write_json  # noqa: E402
 from bench.fork_models import MODELS, TextShape, write_random  # noqa: E402
 
 SHAPE = TextShape(hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, vocabulary=151_936, tied=False)
@@ -119,7 +120,7 @@ def measure(way: str, path: Path, small: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4, help="files of the checkpoint")
-    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    add_json(parser)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -142,8 +143,7 @@ def main() -> int:
         sizes = f"{row['weights'] / 1e6:12.0f}{limit:>10}"
         took = row["error"] or f"{row['peak'] / 1e6:10.0f}{row['peak'] / row['weights']:16.2f}{row['seconds']:7.1f}"
         print(f"{way:18}{sizes}{'  ' if row['error'] else ''}{took}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
     fits = {row["way"]: row["error"] is None and row["peak"] <= ALLOWED * row["weights"] + SLACK for row in rows}
     return int(any(fit == way.startswith("naive") for way, fit in fits.items()))
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from axpo.learner import Learner
 from axpo.packing import pack_trees
 from axpo.trajectory import OBSERVATION, PROMPT, SAMPLED, ToolCall, Trajectory
 from axpo.tree import PackedBatch, build_trees
+from bench.command import add_json, add_rounds, clock, head, row, settings, write_json
 from engine.images import ImageInput
 from engine.models import ModelConfig
 from engine.positions import place_image, positions
@@ -155,15 +155,15 @@ def workloads(args: argparse.Namespace, config: ModelConfig) -> dict[str, list[P
 
 def measure(args: argparse.Namespace, learner: Learner) -> tuple[list[Row], dict[str, float]]:
     trees = workloads(args, learner.config)
-    clock, scale = (time.process_time, 1 / args.threads) if args.clock == "cpu" else (time.perf_counter, 1.0)
+    now = clock(args)
     seconds: dict[str, list[float]] = {name: [] for name in trees}
     losses, rows = {}, {}
     for turn in range(args.rounds + 1):  # the first warms up
         for name, some in trees.items():
-            start = clock()
+            start = now()
             rows[name] = pack_trees(some, args.budget, learner.flops)
             losses[name] = learner.step(rows[name])["policy/loss"]
-            took = (clock() - start) * scale
+            took = now() - start
             if turn:
                 seconds[name].append(took)
             print(f"round {turn}: {name}: {took:.2f} s", file=sys.stderr)
@@ -194,15 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=("wall", "cpu"),
-        help="cpu: processor time of all threads over their number, for a machine that others use as well",
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and ratios there")
+    add_rounds(parser, 3)
+    add_json(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -229,16 +222,11 @@ def main(argv: list[str] | None = None) -> int:
         "ratio_of_tokens": unshared.tokens / tree.tokens,
         "ratio_of_operations": unshared.tflops / tree.tflops,
     }
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"rows": [asdict(r) for r in rows], **ratios, "settings": settings}, indent=1))
-    print("| system | tokens | micro-batches | TFLOP | step s, best | median | GFLOP/s |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    write_json(args.json, {"rows": [asdict(r) for r in rows], **ratios, "settings": settings(args)})
+    print(head(["system", "tokens", "micro-batches", "TFLOP", "step s, best", "median", "GFLOP/s"]))
     for r in rows:
-        print(
-            f"| {r.system} | {r.tokens} | {r.micro_batches} | {r.tflops:.2f} | {r.step_s:.2f} | {r.median_s:.2f} "
-            f"| {1e3 * r.tflops / r.step_s:.0f} |"
-        )
+        figures = f"{r.tflops:.2f}", f"{r.step_s:.2f}", f"{r.median_s:.2f}", f"{1e3 * r.tflops / r.step_s:.0f}"
+        print(row([r.system, r.tokens, r.micro_batches, *figures]))
     print(
         f"\npacked trees: {ratios['speedup']:.2f} times as fast (medians {ratios['speedup_median']:.2f}), with "
         f"1/{ratios['ratio_of_tokens']:.2f} of the tokens and 1/{ratios['ratio_of_operations']:.2f} of the operations"

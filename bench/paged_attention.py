@@ -8,7 +8,6 @@ at the speed of a large copy, or the arithmetic at the speed of a large matrix p
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from bench.command import add_json, head, row, settings, write_json  # noqa: E402
 from bench.measure import L2_BYTES, floors, seconds  # noqa: E402
 from kernels.paged_attention import paged_attention, paged_plan  # noqa: E402
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     parser.add_argument("--backend", choices=["triton", "cpp", "reference"])
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    add_json(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.backend != "cpp" else "cpu")
@@ -56,29 +56,27 @@ def main() -> None:
                 rows.append(measure(args, prefix, forks, DTYPES[dtype], device))
                 rows[-1]["floor_s"] = max(rows[-1]["kv_bytes"] / bytes_per_s, rows[-1]["flops"] / flops_per_s)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}"
-    if args.json:
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine,
-            "torch": torch.__version__,
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "copy_bytes_per_s": bytes_per_s,
-            "matmul_flops_per_s": flops_per_s,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "torch": torch.__version__,
+        "arguments": settings(args),
+        "copy_bytes_per_s": bytes_per_s,
+        "matmul_flops_per_s": flops_per_s,
+        "rows": rows,
+    }
+    write_json(args.json, report)
     print(
         f"{machine}, {args.threads} threads, {args.heads}/{args.kv_heads} heads, D {args.head_dim}, blocks of "
         f"{args.block_size}, tails of {args.tail}; copy {bytes_per_s / 1e9:.1f} GB/s, product "
         f"{flops_per_s / 1e9:.0f} GFLOP/s"
     )
-    print(f"| {' | '.join(COLUMNS)} |\n|---|{'--:|' * (len(COLUMNS) - 1)}")
+    print(head(COLUMNS))
     for r in rows:
-        print(
-            f"| {r['dtype']} | {r['prefix']} | {r['forks']} | {r['shared_s'] * 1e6:.0f} | {r['unshared_s'] * 1e6:.0f} "
-            f"| {r['unshared_s'] / r['shared_s']:.2f} | {r['kv_bytes'] / 1e6:.1f} | {r['flops'] / 1e6:.0f} "
-            f"| {r['floor_s'] * 1e6:.0f} | {r['floor_s'] / r['shared_s']:.0%} |"
-        )
+        times = f"{r['shared_s'] * 1e6:.0f}", f"{r['unshared_s'] * 1e6:.0f}", f"{r['unshared_s'] / r['shared_s']:.2f}"
+        work = f"{r['kv_bytes'] / 1e6:.1f}", f"{r['flops'] / 1e6:.0f}"
+        floor = f"{r['floor_s'] * 1e6:.0f}", f"{r['floor_s'] / r['shared_s']:.0%}"
+        print(row([r["dtype"], r["prefix"], r["forks"], *times, *work, *floor]))
 
 
 def measure(args: argparse.Namespace, prefix: int, forks: int, dtype: torch.dtype, device: torch.device) -> dict:

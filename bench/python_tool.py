@@ -7,11 +7,11 @@ threads, as the agent loop does. Afterwards no process, no file descriptor and n
 """
 
 import argparse
-import json
 import os
 import random
 import resource
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +20,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from axpo.metrics import table
 from axpo.tools.python import Python, PythonSession
+from bench.command import add_json, write_json
 
 CODE = "import numpy as np\nx = globals().get('x', 0) + int(np.arange({n}).sum())\nx, _pil_images[0].size"
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=1000)
     parser.add_argument("--calls", type=int, default=3, help="calls of a trajectory")
     parser.add_argument("--workers", type=int, default=8, help="threads that make the calls")
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
 
     tool = Python()
@@ -70,8 +72,7 @@ def main() -> None:
     left = [[name, *(str(state[name]) for state in (before, alive, after))] for name in keys]
     console.print(table("held", ["", "before", "all alive", "after"], left))
     console.print(f"first start of the sandbox {start:.1f} s; ending all kernels {end:.1f} s")
-    if args.json:
-        args.json.write_text(json.dumps({"rounds": rounds, "before": before, "alive": alive, "after": after}, indent=1))
+    write_json(args.json, {"rounds": rounds, "before": before, "alive": alive, "after": after})
     if after["processes"] > before["processes"] or after["descriptors"] > before["descriptors"]:
         raise SystemExit("something is left")
 

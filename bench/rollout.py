@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rollout_floor import Products
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from axpo.branch import Limits
 from axpo.conversation import Conversation
 from axpo.metrics import table
@@ -35,6 +35,8 @@ from axpo.paths import model_directory
 from axpo.rollout import Agent
 from axpo.tasks import Question, get_task
 from axpo.tools import ToolResult, get_tools
+from bench.command import add_json, write_json
+from bench.rollout_floor import Products
 from engine import LLM, ImageInput
 
 MAX_TOKENS = 512  # of a trajectory, as in recipe mini
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[32, 64, 128], help="transformers' batch sizes")
     parser.add_argument("--steps", type=int, default=4, help="training steps whose time is split; 0 leaves that out")
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
 
     path = model_directory(args.model)
@@ -80,9 +82,8 @@ def main() -> None:
         row["ratio"] = row["tokens_per_s"] / best
     shares = step_shares(args.model, args.steps) if args.steps else {}
     show(rows, shares, args)
-    if args.json:
-        versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
-        args.json.write_text(json.dumps({"rows": rows, "step_shares": shares, "versions": versions}, indent=1))
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version.split()[0]}
+    write_json(args.json, {"rows": rows, "step_shares": shares, "versions": versions})
 
 
 def measure(run: Callable[[int], int], repeats: int) -> dict[str, float]:

@@ -7,9 +7,7 @@ machine's load meets every system; the figure is the best round.
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.command import add_json, add_rounds, clock, head, row, settings, write_json
 from kernels import tree_attention
 
 
@@ -77,10 +76,10 @@ def sdpa(args: argparse.Namespace) -> tuple[Callable, tuple[torch.Tensor, ...], 
 def timed(f: Callable, args: argparse.Namespace) -> tuple[float, torch.Tensor]:
     """Milliseconds and the result."""
     if args.device == "cpu":
-        clock, factor = (time.perf_counter, 1e3) if args.clock == "wall" else (time.process_time, 1e3 / args.threads)
-        start = clock()
+        now = clock(args)
+        begun = now()
         result = f()
-        return (clock() - start) * factor, result
+        return (now() - begun) * 1e3, result
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = f()
@@ -128,15 +127,8 @@ def main() -> None:
     parser.add_argument(
         "--backend", choices=("triton", "cpp", "reference"), help="of tree attention; default automatic"
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=("wall", "cpu"),
-        help="cpu: processor time of all threads over their number, for a machine that others use as well",
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and ratios there")
+    add_rounds(parser, 5)
+    add_json(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -151,16 +143,12 @@ def main() -> None:
         "backward_share_of_ratio": unshared.backward_ms / tree.backward_ms / ideal,
         "unshared_time_over_sdpa": unshared.total_ms / peer.total_ms,
     }
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"rows": [asdict(r) for r in rows], **ratios, "settings": settings}, indent=1))
-    print("| system | tokens | forward ms | backward ms | both ms | forward GFLOP/s | backward GFLOP/s |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    write_json(args.json, {"rows": [asdict(r) for r in rows], **ratios, "settings": settings(args)})
+    columns = ["forward ms", "backward ms", "both ms", "forward GFLOP/s", "backward GFLOP/s"]
+    print(head(["system", "tokens", *columns]))
     for r in rows:
-        print(
-            f"| {r.system} | {r.tokens} | {r.forward_ms:.1f} | {r.backward_ms:.1f} | {r.total_ms:.1f} "
-            f"| {r.forward_gflops:.0f} | {r.backward_gflops:.0f} |"
-        )
+        times = f"{r.forward_ms:.1f}", f"{r.backward_ms:.1f}", f"{r.total_ms:.1f}"
+        print(row([r.system, r.tokens, *times, f"{r.forward_gflops:.0f}", f"{r.backward_gflops:.0f}"]))
     print(
         f"\nsharing: {reached:.2f} times as fast, {reached / ideal:.0%} of the ratio of visible pairs ({ideal:.2f}); "
         f"unshared rows take {unshared.total_ms / peer.total_ms:.2f} of torch SDPA's time"

@@ -24,11 +24,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from axpo.cli import read_recipe
 from axpo.metrics import table
 from axpo.order import shuffled
 from axpo.paths import model_directory
 from axpo.tasks import get_task
+from bench.command import add_json, write_json
 from engine import Processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--peer-batches", default="64,128", help="rollouts of one forward and backward pass in TRL")
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
     if args.setup_peers:
         set_up()
@@ -75,8 +77,7 @@ def main() -> None:
     ]
     columns = ["system", "s/step", "to best TRL", "CPU s/step", "to best TRL", "tokens a rollout", "reward"]
     Console(width=110).print(table(title, columns, cells))
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "threads": torch.get_num_threads()}, indent=1))
+    write_json(args.json, {"rows": rows, "threads": torch.get_num_threads()})
 
 
 def set_up() -> None:
