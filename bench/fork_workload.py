@@ -190,6 +190,10 @@ class Floors:
         moved = parameters * self.itemsize + int((shared + rows * own) * self.token_bytes)
         return self._least(moved, 2 * rows * parameters + int(self.attention_flops * rows * (shared + own)))
 
+    def held(self, shared: int, own: list[int]) -> int:
+        """Bytes of KV: the common tokens once, and each branch's own but the last, which was sampled and has none."""
+        return (shared + sum(max(count - 1, 0) for count in own)) * self.token_bytes
+
     def copy(self, moved: float) -> float:
         """Of moving `moved` bytes: they are read and written."""
         return 2 * moved / self.copy_bytes_per_s

@@ -67,7 +67,7 @@ class KVCache:
             valid = torch.full_like(valid, self._per_block[1])
         copy_blocks(self.data, src, dst, valid)
         self.blocks_copied += len(copies)
-        self.tokens_copied += sum(copy.valid for copy in copies)
+        self.tokens_copied += len(copies) * self._per_block[1] if self.whole_blocks else sum(c.valid for c in copies)
 
     def sleep(self) -> None:
         """Gives the memory back. The addresses stay reserved, and the next `wake` uses them again."""

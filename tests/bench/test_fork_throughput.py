@@ -62,13 +62,22 @@ def test_every_system_says_the_same_and_only_tails_are_copied(tiny, tmp_path, ca
     assert inside_at % BLOCK and prefix < inside_at <= prefix + new_tokens // 2
     for system in ("axpo", "axpo, attention unshared"):
         row = rows[system]
-        assert row["bytes_copied_per_fork"] == prefix % BLOCK * token_bytes
-        assert row["inside_bytes_copied_per_fork"] == inside_at % BLOCK * token_bytes
+        # The tiny model is packed, and such blocks are copied whole.
+        assert row["bytes_copied_per_fork"] == (prefix % BLOCK > 0) * BLOCK * token_bytes
+        assert row["inside_bytes_copied_per_fork"] == BLOCK * token_bytes
+        assert row["inside_copied_share"] == inside_at % BLOCK / BLOCK
         assert row["recomputed_per_fork"] == 0 and 0 < row["fork_us"] < 10_000
         shared, whole = prefix // BLOCK, -(-(prefix + new_tokens - 1) // BLOCK)
         # The parent still holds its partial block; the last sampled token has no KV yet.
         held = shared + forks * (whole - shared) + (prefix % BLOCK > 0)
         assert row["kv_bytes"] == held * BLOCK * token_bytes
+        assert row["kv_share"] == (prefix + forks * (new_tokens - 1)) / (held * BLOCK)
+        assert (
+            row["inside_kv_share"] == (inside_at + forks * (new_tokens // 2)) * token_bytes / row["inside_kv_bytes"] < 1
+        )
+    generate = rows["transformers generate"]
+    assert generate["kv_share"] == (prefix + forks * (new_tokens - 1)) / (forks * (prefix + new_tokens - 1))
+    assert generate["copied_share"] is None
     assert rows["axpo, re-prefill"]["recomputed_per_fork"] == prefix
     assert data["floors"]["copy_bytes_per_s"] > 0 and data["machine"]["threads"] == torch.get_num_threads()
     assert data["versions"]["torch"] == torch.__version__
@@ -103,12 +112,43 @@ def test_what_is_missing_is_named(tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("--peers sglang", "generate"), ("--new-tokens 3", "at least 4"), ("--grid 4096", "128,2048x1,16")],
+    [
+        ("--peers sglang", "generate"),
+        ("--new-tokens 3", "at least 4"),
+        ("--grid 4096", "128,2048x1,16"),
+        ("--grid 16,0x1", "each at least 1"),
+        ("--temperature -1", "--temperature and --seed are at least 0"),
+        ("--temperature nan", "--temperature and --seed are at least 0"),
+        ("--seed -1", "--temperature and --seed are at least 0"),
+        ("--limit-s 0", "--limit-s is above 0"),
+        ("--device meta", "--device meta: there is cpu"),
+        ("--plot here.svg", "ends in .png"),
+    ],
 )
 def test_a_bad_argument_is_one_message(options, said, capsys):
     with pytest.raises(SystemExit) as error:
         fork_throughput.arguments(options.split())
     assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--json {folder}", "cannot be written"),
+        ("--json /proc/nothing/report.json", "/proc/nothing"),
+        ("--json {folder}/a.json --plot {folder}/taken.png", "taken.png: cannot be written"),
+        ("--json {folder}/a.json --new-tokens 2000", "--new-tokens 2000: the context of mini has room for 1022"),
+        ("--json {folder}/a.json --prefix 5", "--prefix 5: the image alone takes"),
+        ("--json {folder}/a.json --prefix 50 --grid 40,5x1", "--prefix 5: the image alone takes"),
+        ("--json {folder}/a.json --model nowhere", "--model nowhere: neither"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(options, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken.png").mkdir()
+    monkeypatch.setattr(Floors, "measure", lambda *_: pytest.fail("it measures"))
+    assert fork_throughput.main(options.format(folder=tmp_path).split()) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
 
 
 def test_a_written_checkpoint_is_whole_and_the_same_again(tiny, tmp_path):
