@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case, Shape, draw
+from bench.cases import CASES, Case, Shape, draw
 from bench.measure import forward_call, gradient_call
 
 # What a result may be off, relative to its largest element, beyond twice what the plain version in the same dtype is.
@@ -62,6 +62,46 @@ def check_case(case: Case, shape: Shape, device: torch.device, dtype: torch.dtyp
         ok = all(error <= bound for error, bound in zip(errors, bounds, strict=True))  # NaN is not
         found = ", ".join(f"{error:.1e} of {bound:.1e}" for error, bound in zip(errors, bounds, strict=True))
         yield Check(label, ok, f"relative errors {found}" + f" (seed {seed})" * (not ok))
+
+
+def check_copies(device: torch.device) -> Iterator[Check]:
+    """The copy-on-write that the engine takes, which is not Triton's where csrc/cuda was built."""
+    from kernels.kv_cache import _CUDA_COPY, copy_blocks, copy_blocks_reference
+
+    which = "csrc/cuda" if _CUDA_COPY and device.type == "cuda" else "by default"
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 16), (torch.bfloat16, 6), (torch.float16, 3)):
+        kv = torch.randn(3, 2, 40, 2, 16, dim, device=device).to(dtype)
+        expected = kv.clone()
+        order = torch.randperm(40, device=device)
+        pairs = order[:15], order[15:30], torch.randint(17, (15,), device=device)
+        copy_blocks(kv, *pairs)
+        copy_blocks_reference(expected, *pairs)
+        same = torch.equal(kv, expected)
+        name = f"copy_blocks, {which}, {str(dtype).removeprefix('torch.')}, {dim} values a token"
+        yield Check(name, same, "as the reference" if same else "another result than the reference")
+
+
+def check_sharing(device: torch.device) -> Iterator[Check]:
+    """Attention's bits depend neither on what is shared nor on the batch: shared, unshared, and every row alone."""
+    from kernels.paged_attention import paged_attention, paged_plan
+
+    case = next(case for case in CASES if case.name == "paged_attention")
+    prefixes = (512,) if device.type == "cpu" else (512, 2048, 5000)
+    for dtype in (torch.float32, torch.bfloat16):
+        for prefix in prefixes:
+            shape = Shape("sharing", 0, 0, 0, 5, prefix, 30, 0, 8, 2, 64, 0, 0, 0)
+            q, k_cache, v_cache, tables, starts, lengths, scale = draw(case, shape, device, dtype, seed=prefix)
+
+            def attend(rows: slice, share: bool) -> torch.Tensor:
+                one = tables[rows].contiguous(), starts[: len(tables[rows]) + 1], lengths[rows]  # noqa: B023
+                plan = paged_plan(*(x.cpu() for x in one), q.shape[1], k_cache, share, backend="triton")  # noqa: B023
+                return paged_attention(q[rows], k_cache, v_cache, *one, scale, plan, backend="triton")  # noqa: B023
+
+            shared = attend(slice(None), True)
+            alone = torch.cat([attend(slice(row, row + 1), True) for row in range(len(q))])
+            same = torch.equal(shared, attend(slice(None), False)) and torch.equal(shared, alone)
+            name = f"sharing changes no bit, {str(dtype).removeprefix('torch.')}, prefix {prefix}"
+            yield Check(name, same, "shared, unshared and alone" if same else "other bits")
 
 
 def check_engine(device: torch.device) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 from engine import ImageInput
 from engine.models import ModelConfig
 from engine.processor import Processor
-from engine.weights import INDEX, SINGLE
+from engine.weights import INDEX, SINGLE, canonical_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "axpo" / "assets" / "mini"
@@ -85,6 +85,10 @@ def write_random(path: Path, shape: TextShape, head_dim: int = 128, seed: int = 
         places |= dict.fromkeys(part, file)
     if shards > 1:
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_config(path, shape, head_dim)
+
+
+def write_config(path: Path, shape: TextShape, head_dim: int = 128) -> None:
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -107,6 +111,14 @@ def write_random(path: Path, shape: TextShape, head_dim: int = 128, seed: int = 
         "use_cache": True,
     }
     (path / "config.json").write_text(json.dumps(config, indent=1))
+
+
+@torch.no_grad()
+def fill_random(parameters: Iterable[tuple[str, torch.Tensor]], shape: TextShape, head_dim: int = 128) -> None:
+    """What `write_random` would write, drawn where the parameters (by our names) lie; other values, as the seed is."""
+    deviations = {canonical_name(name): deviation for name, (_, deviation) in _tensors(shape, head_dim)}
+    for name, parameter in parameters:
+        parameter.normal_(std=deviations[name]) if deviations[name] else parameter.fill_(1.0)
 
 
 def random_prefix(path: Path, length: int, seed: int = 0) -> Prefix:

@@ -22,7 +22,7 @@ def measure(
         conditions.path,
         dtype=conditions.dtype,
         device=conditions.device,
-        kv_cache_bytes=_kv_bytes(work, conditions, reprefill),
+        kv_cache_bytes=kv_bytes_of(work, conditions, reprefill),
         block_size=BLOCK,
         enable_prefix_caching=not reprefill,
         share_prefixes=share_prefixes,
@@ -48,7 +48,7 @@ def measure(
 def _groups(llm: LLM, work: Workload, conditions: Conditions, reprefill: bool, out: Measured) -> None:
     opened: list[Sequence] = []
     try:
-        root = _open(llm, work.prefix.token_ids, work.prefix)
+        root = open_prompt(llm, work.prefix.token_ids, work.prefix)
         opened.append(root)
         synchronize(llm.device)
         start = time.perf_counter()
@@ -58,25 +58,25 @@ def _groups(llm: LLM, work: Workload, conditions: Conditions, reprefill: bool, o
         if reprefill:
             root.close()
             prompts = [work.prefix.token_ids] * work.forks
-            out.end = _fresh(llm, work, conditions, prompts, work.new_tokens, opened)
+            out.end = fresh(llm, work, conditions, prompts, work.new_tokens, opened)
             said = conditions.continuation or out.end.outputs[0]
             for sequence in opened:
                 sequence.close()
-            out.inside = _fresh(llm, work, conditions, work.inside_prompts(said), work.inside_tokens, opened)
+            out.inside = fresh(llm, work, conditions, work.inside_prompts(said), work.inside_tokens, opened)
         else:
-            out.end = _forked(llm, work, conditions, root, None, work.new_tokens, opened)
+            out.end = forked(llm, work, conditions, root, None, work.new_tokens, opened)
             if not out.end.complete:
                 raise TimeoutError(f"cut off after {conditions.limit_s:g} s; give a longer --limit-s")
             source = opened[1]
             for sequence in (root, *opened[2:]):
                 sequence.close()  # so that the KV held inside is that of the branches inside, as for the others
-            out.inside = _forked(llm, work, conditions, source, work.inside_at, work.inside_tokens, opened)
+            out.inside = forked(llm, work, conditions, source, work.inside_at, work.inside_tokens, opened)
     finally:
         for sequence in opened:
             sequence.close()
 
 
-def _forked(
+def forked(
     llm: LLM, work: Workload, conditions: Conditions, parent: Sequence, at: int | None, count: int, opened: list
 ) -> Branches:
     """Forks of `parent`. Those inside it (at is given) get a token of their own each."""
@@ -105,12 +105,12 @@ def _forked(
     )
 
 
-def _fresh(
+def fresh(
     llm: LLM, work: Workload, conditions: Conditions, prompts: list[list[int]], count: int, opened: list
 ) -> Branches:
     """Sequences of their own, one a prompt."""
     clock = Clock(conditions, work.forks, count)
-    branches = [_open(llm, prompt, work.prefix) for prompt in prompts]
+    branches = [open_prompt(llm, prompt, work.prefix) for prompt in prompts]
     opened += branches
     outputs = _decode(llm, branches, work, count, clock)
     stats = llm.stats()
@@ -136,7 +136,7 @@ def _decode(llm: LLM, branches: Seq[Sequence], work: Workload, count: int, clock
     return [branch.token_ids[start:] for branch, start in zip(branches, starts, strict=True)]
 
 
-def _open(llm: LLM, token_ids: list[int], prefix: Prefix) -> Sequence:
+def open_prompt(llm: LLM, token_ids: list[int], prefix: Prefix) -> Sequence:
     return llm.open({"prompt_token_ids": token_ids, "multi_modal_data": {"image": prefix.images}})
 
 
@@ -146,7 +146,7 @@ def _beginning(prefix: Prefix, length: int) -> Prefix:
     return Prefix(prefix.token_ids[: max(length, images + 8) if images else length], prefix.images)
 
 
-def _kv_bytes(work: Workload, conditions: Conditions, reprefill: bool) -> int:
+def kv_bytes_of(work: Workload, conditions: Conditions, reprefill: bool) -> int:
     """Room for everything that is held at once, with a twentieth to spare."""
     config = ModelConfig.from_pretrained(conditions.path).text
     per_block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * conditions.dtype.itemsize * BLOCK

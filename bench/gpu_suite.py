@@ -3,13 +3,15 @@
     python bench/gpu_suite.py [--out DIR] [--only NAME …]
 
 Builds the extension; checks every kernel, forward and backward, and the engine on CUDA; measures the floors of this
-machine, then every kernel at the shapes of Qwen3-VL-8B beside torch's own operation, torch.compile's, FlexAttention's,
-and Liger's and CCE's where they are installed. The table comes last; a JSON file with date, commit and versions goes to
+machine, then every kernel at the shapes of Qwen3-VL-8B, forks and decoding of the whole engine at these, and beside the
+kernels torch's own operation, torch.compile's, FlexAttention's, and Liger's and CCE's where they are installed. Each
+target is said to be met or not, in the tables, which come last; a JSON file with date, commit and versions goes to
 bench/results/<gpu>/, a page to docs/kernels/. Needs torch, triton, transformers, numpy, safetensors and pillow only.
 --cpu rehearses all of it in Triton's interpreter at tiny shapes.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -28,13 +30,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from bench import engine_figures  # noqa: E402
 from bench.cases import CASES, Case, Shape, draw  # noqa: E402
-from bench.checks import Check, check_case, check_engine  # noqa: E402
+from bench.checks import Check, check_case, check_copies, check_engine, check_sharing  # noqa: E402
+from bench.engine_figures import Figure  # noqa: E402
 from bench.engine_checks import check_machinery  # noqa: E402
 from bench.measure import floors, forward_call, gradient_call, seconds, workspace_bytes  # noqa: E402
 
 LIMIT_S = 500  # of nine minutes; what would begin later is left out, and said to be
 COMPILE_S = 40  # that one compilation may take
+FIGURES_S = 90  # that the engine's figures may take
 LARGE = Shape("8b", 8192, 8192, 16384, 16, 8192, 512, 4096, 32, 8, 128, 12288, 151_936, 36)
 SMALL = (
     Shape("tiny", 37, 19, 48, 3, 32, 16, 48, 4, 2, 16, 40, 129, 2),
@@ -115,22 +120,28 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine(device)}; extension: {built}", flush=True)
 
     chosen = [case for case in CASES if not args.only or case.name in args.only]
+    engine = not args.only or "engine" in args.only
     checks = []
-    for check in all_checks(chosen, device, engine=not args.only or "engine" in args.only):
+    for check in all_checks(chosen, device, engine):
         checks.append(check)
         print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}", flush=True)
 
     rates = floors(device)
     print(f"floors: {rates[0] / 1e12:.3f} TB/s copied, {rates[1] / 1e12:.1f} TFLOP/s multiplied", flush=True)
-    rows = []
-    for row in benchmark(chosen, REHEARSAL[0] if args.cpu else LARGE, device, rates, start + LIMIT_S):
-        rows.append(row)
-        print(f"{row.case}, {row.mode}, {row.implementation}: {row.error or f'{row.seconds * 1e6:.1f} µs'}", flush=True)
+    rows, figures, deadline = [], [], start + LIMIT_S
+    for peers in (False, True):
+        for row in benchmark(chosen, peers, REHEARSAL[0] if args.cpu else LARGE, device, rates, deadline):
+            rows.append(row)
+            took = row.error or f"{row.seconds * 1e6:.1f} µs"
+            print(f"{row.case}, {row.mode}, {row.implementation}: {took}", flush=True)
+        for figure in whole_engine(device, deadline) if engine and not peers else ():
+            figures.append(figure)
+            print(f"{figure.name}: {figure.value:.4g} {figure.unit} ({figure.detail})", flush=True)
 
     failed = [check.name for check in checks if not check.ok]
-    report = render(device, rates, rows, checks, time.perf_counter() - start)
+    report = render(device, rates, rows, figures, checks, time.perf_counter() - start)
     if args.out or not args.cpu:
-        write(args.out, device, rates, rows, checks, report)
+        write(args.out, device, rates, rows, figures, checks, report)
     print(report)
     return 1 if failed else 0
 
@@ -157,22 +168,44 @@ def all_checks(cases: list[Case], device: torch.device, engine: bool) -> Iterato
                     yield from check_case(case, shape, device, dtype, "triton")
                 except Exception as error:
                     yield Check(f"{case.name}, {shape.name}, {dtype}", False, _brief(error))
-    for check in (check_engine, check_machinery) if engine else ():
+    kernels = (check_copies, check_sharing) if {"copy_blocks", "paged_attention"} & {case.name for case in cases} else ()
+    for check in (*kernels, *((check_engine, check_machinery) if engine else ())):
         try:
             yield from check(device)
         except Exception as error:
             yield Check(check.__name__, False, _brief(error))
 
 
+def whole_engine(device: torch.device, deadline: float) -> Iterator[Figure]:
+    """The engine's figures; one that cannot be measured has the reason, and does not meet its target."""
+    on_cpu = device.type == "cpu"
+    if time.perf_counter() + FIGURES_S > deadline:
+        yield Figure("engine", 0.0, "", "left out: no time", least=1.0)
+        return
+    try:
+        yield from engine_figures.measure(engine_figures.REHEARSAL if on_cpu else engine_figures.LARGE, device)
+    except Exception as error:
+        yield Figure("engine", 0.0, "", _brief(error), least=1.0)
+    if not on_cpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def benchmark(
-    cases: list[Case], shape: Shape, device: torch.device, rates: tuple[float, float], deadline: float
+    cases: list[Case],
+    peers: bool,
+    shape: Shape,
+    device: torch.device,
+    rates: tuple[float, float],
+    deadline: float,
 ) -> Iterator[Row]:
-    """Ours for all cases first, then the peers as far as the time goes; those that compile come last."""
+    """Ours for all cases, or the peers as far as the time goes; those that compile come last."""
     on_cpu = device.type == "cpu"
     dtype = torch.float32 if on_cpu else torch.bfloat16
     order = [(case, "ours") for case in cases]
-    peers = [(case, name) for case in cases for name in case.peer_names if not on_cpu or name == "torch"]
-    order += sorted(peers, key=lambda item: item[1] in ("compile", "flex"))
+    if peers:
+        order = [(case, name) for case in cases for name in case.peer_names if not on_cpu or name == "torch"]
+        order.sort(key=lambda item: item[1] in ("compile", "flex"))
     for case, name in order:
         for mode in ("forward", *("backward",) * (case.inputs > 0)):
             if time.perf_counter() + COMPILE_S * (name in ("compile", "flex")) > deadline:
@@ -201,9 +234,14 @@ def _measure(
 
 
 def render(
-    device: torch.device, rates: tuple[float, float], rows: list[Row], checks: list[Check], elapsed: float
+    device: torch.device,
+    rates: tuple[float, float],
+    rows: list[Row],
+    figures: list[Figure],
+    checks: list[Check],
+    elapsed: float,
 ) -> str:
-    """The page: conditions, failed checks, the table of ours with its targets beside the peers."""
+    """The page: conditions, failed checks, the engine's figures, the table of ours with its targets beside the peers."""
     on_gpu = device.type == "cuda"
     lines = [
         f"# Figures on {machine(device)}",
@@ -217,6 +255,13 @@ def render(
         f"Floors of the same run: copy {rates[0] / 1e12:.3f} TB/s, matrix product {rates[1] / 1e12:.1f} TFLOP/s.",
         f"Checks: {sum(c.ok for c in checks)} of {len(checks)} passed.",
         *(f"- FAILED: {c.name}: {c.detail}" for c in checks if not c.ok),
+        "",
+        "| engine | measured | target | | |",
+        "|---|--:|---|---|---|",
+        *(
+            f"| {f.name} | {f.value:.4g} {f.unit} | {f.target} | {('pass' if f.met else 'FAIL') * on_gpu} | {f.detail} |"
+            for f in figures
+        ),
         "",
         "| kernel | pass | µs | TB/s | TFLOP/s | of the floor | workspace MB | target | | peers, µs |",
         "|---|---|--:|--:|--:|--:|--:|---|---|---|",
@@ -241,7 +286,13 @@ def render(
 
 
 def write(
-    out: Path | None, device: torch.device, rates: tuple[float, float], rows: list[Row], checks: list[Check], page: str
+    out: Path | None,
+    device: torch.device,
+    rates: tuple[float, float],
+    rows: list[Row],
+    figures: list[Figure],
+    checks: list[Check],
+    page: str,
 ) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
     results, docs = (out, out) if out else (ROOT / "bench" / "results" / slug, ROOT / "docs" / "kernels")
@@ -254,6 +305,7 @@ def write(
         "copy_bytes_per_s": rates[0],
         "matmul_flops_per_s": rates[1],
         "rows": [asdict(row) for row in rows],
+        "figures": [asdict(figure) | {"met": figure.met} for figure in figures],
         "checks": [asdict(check) for check in checks],
     }
     for directory in (results, docs):

@@ -67,6 +67,9 @@ class Runner:
         """Decodes at fixed addresses, with `capture` as CUDA graphs; only our own attention can."""
         if isinstance(self.attention, Ours):
             kv = self.attention.kv
+            if self.packed is not None:  # on a CPU; its blocks hold tokens in another order
+                self.packed, kv.whole_blocks = None, False
+                self._not_packed = "they run over buffers at fixed addresses"
             room = min(self.model.config.text.max_position_embeddings, kv.num_blocks * self.block_size)
             self.graphs = DecodeGraphs(self.model, self.attention, self._banned, max_rows, room, capture)
 

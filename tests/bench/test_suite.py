@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 
 import pytest
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_rehearsal_writes_what_it_prints(tmp_path, capsys):
-    assert gpu_suite.main(["--cpu", "--only", "swiglu", "--out", str(tmp_path)]) == 0
+    assert gpu_suite.main(["--cpu", "--only", "swiglu", "engine", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     (report,) = tmp_path.glob("*.json")
     data = json.loads(report.read_text())
@@ -25,6 +26,10 @@ def test_rehearsal_writes_what_it_prints(tmp_path, capsys):
         (mode, name) for mode in ("forward", "backward") for name in ("ours", "torch")
     }
     assert all(row["seconds"] > 0 and not row["error"] for row in data["rows"])
+    assert len(data["checks"]) > 15 and all(check["ok"] for check in data["checks"])
+    targets = {(figure["least"], figure["most"]) for figure in data["figures"]}
+    assert targets == {(0, 6.0), (500, math.inf), (1.6, math.inf), (80, math.inf)}
+    assert all(figure["value"] > 0 for figure in data["figures"])
     assert data["versions"]["torch"] == torch.__version__ and data["commit"] and data["copy_bytes_per_s"] > 0
     (page,) = tmp_path.glob("*.md")
     assert page.read_text() in printed and "| swiglu | backward |" in printed

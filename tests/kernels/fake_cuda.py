@@ -69,11 +69,14 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "axpo":  # not its fake form: the one that launches
-            result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+            with self:  # a mode is off in its own handler
+                result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
             self.calls.append((func._opname, args, result))
             return result
-        # The fake form of a product into given memory ends in a copy, which torch's CPU build refuses.
-        result = kwargs["out"] if func._opname in ("mm", "addmm") and "out" in kwargs else func(*args, **kwargs)
+        if func._opname in ("mm", "addmm", "addmm_") and func._schema.is_mutable:
+            result = kwargs.get("out", args[0])  # its fake form ends in a copy, which torch's CPU build refuses
+        else:
+            result = func(*args, **kwargs)
         flat = torch.utils._pytree.tree_leaves((args, kwargs, result))
         places = {x.device.type for x in flat if isinstance(x, torch.Tensor) and x.dim()}
         if len(places) > 1 or "cpu" in places:
