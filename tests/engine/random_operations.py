@@ -15,22 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from engine import LLM, CompletionOutput, ImageInput, SamplingParams, Sequence
-from engine.logits import make_shaper
-from kernels.sampling import gumbel_noise
 from tests.engine.checkpoints import IMAGE, VISION_END, VISION_START, write_vl_checkpoint
+from tests.engine.fresh_runs import GREEDY, FreshRuns
 from tests.engine.mirror import Mirror, Part
 from tests.engine.pool_model import PoolModel
 
 STOP = 40  # ends some runs early
 MAX_LIVE, MAX_LENGTH = 14, 72
 PER_ENGINE, PER_CHECK = 2000, 400  # operations
-NEAR_TIE = 1e-3  # of two scores: rounding may decide between them
 
 
 class Walk:
@@ -39,15 +35,16 @@ class Walk:
     def __init__(self, path: Path, seed: int, fresh: LLM, pictures: list[ImageInput], counts: Counter[str]):
         self.rng = rng = random.Random(seed)
         self.fresh, self.pictures, self.counts = fresh, pictures, counts
+        self.fresh_runs = FreshRuns(fresh, counts)
         block_size = rng.choice([2, 8, 8, 8, 16, 16])  # the C++ kernels take multiples of 8, packed steps of 16
         num_blocks = -(-rng.randint(MAX_LENGTH, 2 * MAX_LENGTH) // block_size)  # one sequence fits, and not many
         self.llm = LLM(
             path,
             kv_cache_bytes=fresh.kv.bytes_per_block // fresh.pool.block_size * block_size * num_blocks,
             block_size=block_size,
-            max_batch_tokens=rng.choice([5, 17, 33, 4096]),
-            max_num_seqs=rng.choice([3, 1024, 1024]),
-            num_scheduler_steps=rng.choice([1, 3, 16]),
+            max_batch_tokens=rng.choice([1, 5, 17, 33, 4096]),
+            max_num_seqs=rng.choice([1, 3, 1024, 1024]),
+            num_scheduler_steps=rng.choice([1, 2, 3, 16, 1000]),
             enable_prefix_caching=rng.random() < 0.7,
             share_prefixes=rng.random() < 0.7,
             vision_cache_bytes=rng.choice([1, 1 << 20]),
@@ -129,15 +126,12 @@ class Walk:
         before = {id(mirror): len(mirror.sequence) for mirror in self.live}
         most = self.rng.choice([None, None, 1, 4])
         done = {id(sequence): output for sequence, output in self.llm.step(most)}
-        most = min(most or 16, self.llm._bursts.most)
+        most = min(most or self.llm._bursts.most, self.llm._bursts.most)
         for mirror in self.live:
             output, request = done.get(id(mirror.sequence)), mirror.sequence.request
             if output is not None:
-                new = mirror.absorb(output.logprobs, output.entropies)
-                part = mirror.parts[-1]
-                assert part.params is not None and part.tokens == output.token_ids
-                ended = part.tokens[-1] == STOP or len(part.tokens) == part.params.max_tokens
-                assert ended and request is None and 1 <= new <= most
+                new = self.ended(mirror, output)
+                assert request is None and 1 <= new <= most
             elif request is not None:
                 new = mirror.absorb(request.logprobs, request.entropies)
                 assert new <= most
@@ -146,6 +140,65 @@ class Walk:
             assert len(mirror.sequence) == before[id(mirror)] + new
             self.counts["tokens sampled"] += new
             self.counts["tokens sampled in bursts"] += new if new > 1 else 0
+
+    def ended(self, mirror: Mirror, output: CompletionOutput) -> int:
+        """A run is over: the number of its tokens that are new."""
+        new = mirror.absorb(output.logprobs, output.entropies)
+        part = mirror.parts[-1]
+        assert part.params is not None and part.tokens == output.token_ids
+        said_it = bool(part.params.stop) and output.stop_reason in part.params.stop
+        assert said_it or part.tokens[-1] == STOP or len(part.tokens) == part.params.max_tokens
+        return new
+
+    def stream(self) -> None:
+        """Some sequences token by token; between tokens they are forked, aborted and closed, or the loop is left."""
+        if self.rng.random() < 0.5:
+            self.drain()
+        chosen = [m for m in self.rng.sample(self.live, min(3, len(self.live))) if len(m.sequence) < MAX_LENGTH]
+        params = [self.params(min(MAX_LENGTH - len(m.sequence), self.rng.choice([1, 3, 9]))) for m in chosen]
+        sequences = {id(mirror.sequence): mirror for mirror in chosen}
+        stream = self.llm.stream([mirror.sequence for mirror in chosen], params)
+        if self.llm.scheduler.has_work and chosen:
+            with pytest.raises(RuntimeError, match="other sequences run"):
+                next(stream)
+            return
+        for mirror, one in zip(chosen, params, strict=True):
+            mirror.parts.append(Part([], params=one))
+        for sequence, output in stream:
+            mirror = sequences[id(sequence)]
+            for other in chosen:  # a step has sampled for all of them
+                if (request := other.sequence.request) is not None:
+                    assert other.absorb(request.logprobs, request.entropies) <= 1
+            if output.finish_reason is not None:
+                self.ended(mirror, output)
+            assert mirror.parts[-1].tokens == output.token_ids
+            self.counts["tokens streamed"] += 1
+            if any(len(other.sequence) != len(other.tokens()) for other in chosen):
+                continue  # one has ended and is told of later
+            event = self.rng.random()
+            if event < 0.1 and len(self.live) < MAX_LIVE:
+                at = self.rng.choice(legal_cuts(sequence))
+                self.live.append(Mirror(sequence.fork(at=at)[0], mirror.cut(at)))
+            elif event < 0.2:
+                self.llm.abort(self.rng.choice(chosen).sequence)
+            elif event < 0.25:
+                closed = self.rng.choice(chosen)
+                closed.sequence.close()
+                if closed in self.live:
+                    self.live.remove(closed)
+            elif event < 0.28:
+                break
+            self.model.check([mirror.sequence for mirror in self.live])
+        stream.close()
+        assert not self.llm.scheduler.has_work
+
+    def drop(self) -> None:
+        sequence = self.rng.choice(self.live).sequence
+        if sequence.running:
+            with pytest.raises(RuntimeError, match="needs its KV"):
+                sequence.drop_kv()
+        else:
+            sequence.drop_kv()
 
     def prefill(self) -> None:
         sequence = self.rng.choice(self.live).sequence
@@ -188,10 +241,14 @@ class Walk:
             with pytest.raises(RuntimeError, match="sleep while"):
                 self.llm.sleep()
             return
-        self.llm.sleep()
+        level = self.rng.choice([1, 1, 2])
+        self.llm.sleep(level)
         self.model.slots[:] = 0
         assert self.llm.stats()["blocks_used"] == 0
         self.llm.wake_up()
+        if level == 2:
+            self.counts["sleep of weights"] += 1
+            self.llm.update_weights(self.weights[0] | (self.weights[1] if self.version else {}))
 
     def update(self) -> None:
         """New weights. What was sampled with the old ones is checked first, and given from then on."""
@@ -201,7 +258,7 @@ class Walk:
             with pytest.raises(RuntimeError, match="new weights while"):
                 self.llm.update_weights({})
             return
-        self.verify()
+        self.fresh_runs.verify(self.live)
         self.version = 1 - self.version
         for llm in (self.llm, self.fresh):
             llm.update_weights(self.weights[0] if self.version == 0 else self.weights[1])
@@ -214,7 +271,7 @@ class Walk:
             if done % 50 == 0:
                 self.model.check_lists()
             if done % PER_CHECK == 0 or done == operations:
-                self.verify()
+                self.fresh_runs.verify(self.live)
             bar.update()
         self.rng.shuffle(self.live)
         while self.live:
@@ -251,80 +308,17 @@ class Walk:
             ignore_eos=True,
             detokenize=False,
         )
-        if self.rng.random() < 0.8:
+        if self.rng.random() < 0.75:
             return plain
+        if self.rng.random() < 0.3:
+            return replace(plain, detokenize=True, stop=self.rng.choice(["e", "zq"]))
+        if self.rng.random() < 0.4:
+            cut = self.rng.choice([{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9}])
+            return replace(plain, **cut)
         least = self.rng.randint(0, max_tokens)
         return replace(plain, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={STOP: 3.0}, min_tokens=least)
 
-    # -- what they are held to --------------------------------------------------------------
 
-    def verify(self) -> None:
-        """Every sequence from its parts alone, on the fresh engine: the same tokens, log-probs and entropies."""
-        for mirror in self.live:
-            assert mirror.sequence.token_ids == mirror.tokens()
-        again: list[tuple[Sequence, list[Part]]] = []
-        for mirror in self.live:
-            head, *rest = mirror.parts
-            inputs = {"prompt_token_ids": list(head.tokens), "multi_modal_data": {"image": head.images}}
-            again.append((self.fresh.open(inputs), [part for part in rest if part.tokens]))
-        opened = [sequence for sequence, _ in again]
-        while again:
-            turns = []
-            for sequence, rest in again:
-                while rest and rest[0].params is None:
-                    part = rest.pop(0)
-                    sequence.extend(part.tokens, part.images)
-                if rest:
-                    turns.append((sequence, rest, rest.pop(0)))
-            outputs = self.fresh.run([turn[0] for turn in turns], [self.same_length(turn[2]) for turn in turns])
-            again = []
-            for (sequence, rest, part), output in zip(turns, outputs, strict=True):
-                if self.equal(sequence, part, output):
-                    again.append((sequence, rest))
-        for sequence in opened:
-            sequence.close()
-        self.counts["sequences verified"] += len(opened)
-
-    def same_length(self, part: Part) -> SamplingParams:
-        assert part.params is not None
-        count = len(part.tokens)
-        return replace(part.params, max_tokens=count, min_tokens=min(part.params.min_tokens, count))
-
-    def equal(self, sequence: Sequence, part: Part, output: CompletionOutput) -> bool:
-        """False where a near tie fell the other way, so that the rest cannot be compared."""
-        same = [one == other for one, other in zip(part.tokens, output.token_ids, strict=False)]
-        count = same.index(False) if False in same else len(part.tokens)
-        np.testing.assert_allclose(part.logprobs[:count], output.logprobs[:count], atol=2e-4)
-        np.testing.assert_allclose(part.entropies[:count], output.entropies[:count], atol=2e-4)
-        self.counts["tokens verified"] += count
-        if False not in same:
-            assert part.tokens == output.token_ids
-            return True
-        self.counts["near ties"] += 1
-        at = len(sequence) - len(output.token_ids) + count
-        scores = self.scores(sequence, part.params or GREEDY, len(sequence) - len(output.token_ids), at)
-        gap = (scores[part.tokens[count]] - scores[output.token_ids[count]]).abs().item()
-        assert gap < NEAR_TIE, f"token {count} of {part} is {output.token_ids[count]} in a fresh run, {gap} apart"
-        return False
-
-    def scores(self, sequence: Sequence, params: SamplingParams, start: int, at: int) -> Tensor:
-        """[V]: what the sampler takes the largest of, for the token at index `at` of a run that began at `start`."""
-        (child,) = sequence.fork(at=at)
-        self.fresh.prefill([child])
-        assert child.last_hidden is not None
-        logits = self.fresh.model.logits(child.last_hidden[None])[0].clone()
-        child.close()
-        stop_ids, encode = frozenset(params.stop_token_ids), self.fresh.processor.encode_text
-        shaper = make_shaper(params, start, stop_ids, self.fresh.config, encode)
-        if shaper is not None:
-            shaper.apply(logits, sequence.token_ids[:at])
-        if params.temperature == 0:
-            return logits
-        seed, position = torch.tensor([params.seed]), torch.tensor([at])
-        return logits / params.temperature + gumbel_noise(seed, position, len(logits))[0]
-
-
-GREEDY = SamplingParams(temperature=0)
 OPERATIONS = {  # and how often, relatively
     "open": 10,
     "fork": 18,
@@ -333,6 +327,8 @@ OPERATIONS = {  # and how often, relatively
     "submit_all": 1.5,
     "step": 20,
     "prefill": 2,
+    "stream": 2,
+    "drop": 1,
     "abort": 4,
     "close": 8,
     "misuse": 8,
