@@ -16,7 +16,7 @@ from axpo.config import Config
 from axpo.data.adapters import ADAPTERS
 from axpo.distributed import barrier, rank, world_size
 from axpo.grading import final_answer
-from axpo.outfolder import open_folder
+from axpo.outfolder import open_folder, writing
 from axpo.rundir import write_json, write_text
 from axpo.scores import SUMMARY, Scores, average, families, scores, scores_sheet, spread, tools_sheet
 from axpo.tasks import Task, get_task, task_names
@@ -63,10 +63,14 @@ def open_benchmarks(config: Config) -> dict[str, Benchmark]:
         family, _, name = given.rpartition("/")
         embedded = source in task_names()
         name = name or (source if embedded else Path(source).stem)
-        if "/" in family:
+        if "/" in family or (equals and not given):
             raise ValueError(f"eval.benchmarks = {entry!r}: before the = stands FAMILY/NAME or NAME")
         if name in opened:
             raise ValueError(f"eval.benchmarks = {entry!r}: there is a {name!r} already; write another name=path")
+        if not embedded and not Path(source).exists():
+            raise ValueError(
+                f"eval.benchmarks = {entry!r}: no such file, nor an embedded task: {', '.join(task_names())}"
+            )
         try:
             options = {"path": "", "heldout_path": source, "check_rows": config.data.check_rows}
             task = get_task(source) if embedded else get_task("jsonl", **options)
@@ -96,7 +100,7 @@ class Results:
     """The folder of an evaluation: <benchmark>.jsonl when it is whole, <benchmark>.<rank>.jsonl until then.
 
     Raises:
-        ValueError: the folder holds results of other settings.
+        OutFolderError: the folder holds results of other settings, or cannot be written to; also later.
     """
 
     def __init__(self, config: Config):
@@ -116,7 +120,8 @@ class Results:
     def append(self, benchmark: str, lines: Sequence[dict[str, Any]]) -> None:
         """Adds a question's samples to this rank's file, in one write behind the last whole line."""
         text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
-        with (self.path / f"{benchmark}.{rank()}.jsonl").open("ab") as file:
+        path = self.path / f"{benchmark}.{rank()}.jsonl"
+        with writing(path), path.open("ab") as file:
             file.write(text.encode())
 
     def mend(self, benchmark: str) -> None:
@@ -132,8 +137,9 @@ class Results:
         barrier()  # all have read
         if rank() == 0:
             part = self.path / f"{benchmark}.part"
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            part.replace(self.path / f"{benchmark}.jsonl")
+            with writing(part):
+                part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                part.replace(self.path / f"{benchmark}.jsonl")
             for file in self.path.glob(f"{benchmark}.[0-9]*.jsonl"):
                 file.unlink()
         barrier()

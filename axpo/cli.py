@@ -119,7 +119,7 @@ def _read(recipe: str) -> dict[str, Any]:
     path = Path(recipe) if _is_path(recipe) else RECIPES / f"{recipe}.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         names = recipe_names()
         known = f"the embedded recipes are {', '.join(names)}"
         raise ConfigError(f"recipe {recipe!r}: no such file or recipe{_nearest(recipe, names)}; {known}") from None
@@ -127,6 +127,8 @@ def _read(recipe: str) -> dict[str, Any]:
         raise ConfigError(f"recipe {recipe!r}: not a TOML file ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {recipe!r}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {recipe[:80]!r}: cannot be read: {error.strerror}") from None
 
 
 def recipe_names() -> list[str]:
@@ -226,7 +228,7 @@ def _explain(error: ErrorDetails, source: dict[str, str], fields: dict[str, Fiel
     if error["type"] in ("missing", "too_long"):  # of a tuple such as optim.betas
         message = f"must have {len(get_args(fields[name].annotation))} values"
         error["input"] = values[name.split(".")[0]][name.split(".")[1]]
-    hint = ""
+    hint = f" ({fields[name].description})" if error["type"] == "string_pattern_mismatch" else ""
     if get_origin(fields[name].annotation) is Literal:
         hint = _nearest(str(error["input"]), [str(choice) for choice in get_args(fields[name].annotation)])
     return f"{origin}{name} = {error['input']!r}: {message}{hint}"
@@ -278,9 +280,12 @@ def _arity(info: FieldInfo) -> dict[str, str]:
     return {"nargs": "?"} if info.annotation is bool else {}
 
 
-def exit_with(prog: str, error: Exception, code: int = 2) -> NoReturn:
-    """Ends the process with `code` and the error's own words, a line each; only rank 0 speaks."""
-    if int(os.environ.get("RANK", "0")) == 0:
+def exit_with(prog: str, error: Exception, code: int = 2, *, every_rank: bool = False) -> NoReturn:
+    """Ends the process with `code` and the error's own words, a line each.
+
+    Only rank 0 speaks, since all have met the same, or with `every_rank` each that comes here.
+    """
+    if every_rank or int(os.environ.get("RANK", "0")) == 0:
         for line in str(error).splitlines():
             print(f"{prog}: error: {line}", file=sys.stderr)
     raise SystemExit(code)

@@ -27,7 +27,7 @@ class Collection:
     A batch is there whole or not at all, whatever the number of ranks: rows first, then its outcomes.
 
     Raises:
-        ValueError: the folder holds a collection with other settings.
+        OutFolderError: the folder holds a collection with other settings, or cannot be written to; also later.
     """
 
     def __init__(self, config: CollectConfig):
@@ -43,14 +43,16 @@ class Collection:
 
     def write(self, batch: int, outcomes: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
         from axpo.data.write import write_rows
+        from axpo.outfolder import writing
 
-        if rows:
-            write_rows(rows, self.path / "rows" / f"{batch:08d}.parquet")
         path = self._outcomes(batch)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
-        part.replace(path)
+        with writing(self.path):
+            if rows:
+                write_rows(rows, self.path / "rows" / f"{batch:08d}.parquet")
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
+            part.replace(path)
 
     def _outcomes(self, batch: int) -> Path:
         return self.path / "outcomes" / f"{batch:08d}.jsonl"
@@ -164,6 +166,7 @@ def main() -> None:
 
     from axpo import distributed
     from axpo.inputs import check_sampling, make_agent
+    from axpo.outfolder import OutFolderError
 
     try:
         distributed.initialise(distributed.device(), config.run.timeout_s)
@@ -171,7 +174,11 @@ def main() -> None:
         into = Collection(config)
     except (ValueError, OSError) as error:
         exit_with("axpo.collect", error)
-    collect(make_agent(config, inputs), inputs.task, config, into)
+    agent = make_agent(config, inputs)
+    try:
+        collect(agent, inputs.task, config, into)
+    except OutFolderError as error:
+        exit_with("axpo.collect", error, every_rank=True)
     distributed.barrier()
     if distributed.rank() == 0:
         outcomes = list(read_outcomes(into.path))

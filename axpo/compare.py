@@ -256,12 +256,12 @@ def _by_tool(lines: Lines) -> dict[str, dict[tuple[str, str], list[int]]]:
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="axpo.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="a model's name and its evaluation's folder")
     parser.add_argument("--out", type=Path, help="folder for comparison.md, .json and .png")
     parser.add_argument("--k", type=int, default=0, help="of Pass@k; default: the smallest number of samples")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         named = [entry.partition("=") for entry in args.folders]
         if wrong := [name for name, equals, folder in named if not (name and equals and folder)]:
@@ -269,10 +269,20 @@ def main() -> None:
         folders = {name: Path(folder) for name, _, folder in named}
         if len(folders) < len(named):
             raise ValueError("two folders have one name")
-        comparison = compare(folders, args.k)
+        if args.k < 0:
+            raise ValueError(f"--k {args.k}: must be 1 or more, or 0 for the smallest number of samples")
+        if args.out is not None:
+            _make(args.out)
+        show(compare(folders, args.k), args.out)
     except ValueError as error:
         exit_with("axpo.compare", error)
-    show(comparison, args.out)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made: {error.strerror}") from None
 
 
 def show(comparison: Comparison, out: Path | None) -> None:
@@ -285,7 +295,6 @@ def show(comparison: Comparison, out: Path | None) -> None:
         return
     from axpo.compare_picture import draw
 
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "comparison.md", "\n".join(sheet.markdown() for sheet in made))
     write_json(out / "comparison.json", comparison.to_json())
     draw(comparison, out / "comparison.png")

@@ -152,6 +152,7 @@ def main() -> None:
     from axpo import distributed
     from axpo.benchmarks import Results, open_benchmarks, run_benchmarks
     from axpo.inputs import check_heldout, check_sampling, make_agent
+    from axpo.outfolder import OutFolderError
     from axpo.scores import scores_sheet, tools_sheet
     from axpo.sheet import print_sheets
 
@@ -173,7 +174,10 @@ def main() -> None:
         if distributed.rank() == 0:
             Console().print(comparison([(config.model.path, evaluated)]))
     else:
-        made = run_benchmarks(agent, benchmarks, config, results)
+        try:
+            made = run_benchmarks(agent, benchmarks, config, results)
+        except OutFolderError as error:
+            exit_with("axpo.evaluate", error, every_rank=True)
         if distributed.rank() == 0:
             print_sheets([scores_sheet(made, config.model.path), tools_sheet(made)])
             print(f"results {results.path}")

@@ -184,8 +184,9 @@ def _resume(path: Path, config: Config | SftConfig, now: Identity) -> tuple[RunD
         toml = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise RunDirError(f"{path / 'config.toml'} is not valid TOML: {error}") from None
-    if run.steps < toml["run"]["steps"]:
-        raise RunDirError(f"--run.steps {run.steps}: the run has {toml['run']['steps']}; a resume may only extend it")
+    steps = toml.get("run", {}).get("steps", 0)
+    if run.steps < steps:
+        raise RunDirError(f"--run.steps {run.steps}: the run has {steps}; a resume may only extend it")
     checkpoint, passed_over = newest(path / "checkpoints")
     if checkpoint is None:  # it starts over, and any data will do
         run_dir, before = RunDir(path, identity=now), Identity(fixed_settings(toml), now.data)

@@ -21,8 +21,10 @@ def main() -> None:
     from axpo.checkpoint_record import CheckpointError
     from axpo.fit import check_devices, check_fits
     from axpo.heartbeat import Heartbeat
+    from axpo.learner import NonFiniteError
     from axpo.metrics import check_sinks
     from axpo.paths import model_directory
+    from axpo.replay import NON_FINITE
     from axpo.rundir import RunDirError
     from axpo.sft_data import SftData
     from axpo.sharding import check_replicas
@@ -50,6 +52,8 @@ def main() -> None:
             tune(config, source, dataset, run, stop, heartbeat)
     except (CheckpointError, RunDirError) as error:
         exit_with("axpo.sft", error)
+    except NonFiniteError as error:
+        exit_with("axpo.sft", error, NON_FINITE)
     distributed.finish()
 
 

@@ -127,9 +127,12 @@ def locked(folder: Path) -> Iterator[int]:
     """Only one pipeline works in `folder`: the lock's descriptor, which stages inherit, so that it outlives a kill.
 
     Raises:
-        ValueError: another one does, or a stage of a killed one does not end.
+        ValueError: the folder cannot be made, another one works there, or a stage of a killed one does not end.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}; set pipeline.dir") from None
     with (folder / "lock").open("w") as file:
         until, told = time.monotonic() + _WAIT_S, False
         while True:

@@ -13,7 +13,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Run(Section):
-    name: str = Field(default="mini-axpo", pattern=NAME, description="name of the run and of its directory")
+    name: str = Field(
+        default="mini-axpo", pattern=NAME, description="name of the run and its directory: letters, digits, . _ and -"
+    )
     dir: str = Field(default="runs", min_length=1, description="parent of run directories")
     steps: CountOrOff = Field(
         default=100,

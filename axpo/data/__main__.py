@@ -118,15 +118,19 @@ def filter_file(student: Path, teacher: Path, source: Path, out: Path, added: Se
 
 
 def export_file(source: str, out: Path, *, split: Split = "train", count: int = 0) -> None:
-    """Writes the questions as rows, images inside, and prints their number; ValueError when there is no such task."""
+    """Writes the questions as rows, images inside, and prints their number; ValueError when there are none such."""
     from axpo.data import Row
     from axpo.data.write import write_rows
     from axpo.tasks import get_task, task_names
 
+    if count < 0:
+        raise ValueError(f"--count {count}: must be 1 or more, or 0 for all")
     if source in task_names():
         task = get_task(source)
-    else:
+    elif Path(source).exists():
         task, split = get_task("jsonl", path=source, check_rows=1), "train"
+    else:
+        raise ValueError(f"{source}: no such file, nor an embedded task: {', '.join(task_names())}")
     wanted = range(min(count or task.size(split), task.size(split)))
     written = write_rows((Row.of(task.question(split, index)).record() for index in wanted), out)
     print(f"{out}: {written} of {task.size(split)} questions of {source}")

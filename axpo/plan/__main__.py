@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from axpo.cli import ConfigError, exit_with, read_recipe, recipe_names, resolve
@@ -44,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         schema = SftConfig if any("sft" in read_recipe(recipe) for recipe in recipes) else Config
         config = resolve(schema, rest, recipe="mini")
-        if options.gpus < 1 or (options.nodes is not None and options.nodes < 1):
-            raise ValueError(f"--gpus {options.gpus}, --nodes {options.nodes}: must be 1 or more")
+        _check(options)
         nodes = options.nodes or -(-options.gpus // 8)
         shape = model_shape(config.model.path)
         given = {name: value for name, flag in LENGTHS.items() if (value := getattr(options, flag)) is not None}
@@ -64,6 +64,18 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(plan, " ".join(recipes), seconds)
     return 0 if plan.fits else 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError, by its name, for an option out of its range."""
+    for name in ("gpus", "nodes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be 1 or more")
+    for name in (*LENGTHS.values(), "image_share"):
+        value, most = getattr(options, name), 1.0 if name == "image_share" else math.inf
+        if value is not None and not (0 <= value <= most and math.isfinite(value)):
+            allowed = "between 0 and 1" if name == "image_share" else "a finite number from 0 on"
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: must be {allowed}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from axpo.config import Config, SftConfig
 from axpo.plan.counts import Work
 from axpo.plan.shapes import Shape
+from axpo.resample import prefix_budget
 from axpo.trajectory import OBSERVATION, SAMPLED, Trajectory
 
 
@@ -82,9 +83,10 @@ def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
     uses_tools = bool(rollout.tools) and rollout.max_turns > 1
     observed = given.get("observed", 0.3 * prompt / 2 if uses_tools else 0.0)
     images = given.get("image_share", 0.8) if shape.vision else 0.0
-    budget = int(algo.resampling_ratio * rollout.questions_per_step * algo.group_size / algo.resamples_per_prefix)
+    questions, k = rollout.questions_per_step, algo.resamples_per_prefix
+    prefixes = prefix_budget(algo.resampling_ratio, questions, algo.group_size, k)
     return Workload(
-        questions=rollout.questions_per_step,
+        questions=questions,
         group_size=algo.group_size,
         prompt=prompt,
         prompt_image=images * prompt,
@@ -92,8 +94,8 @@ def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
         longest=max(sampled, min(2 * sampled, rollout.max_new_tokens)),
         observed=observed,
         observed_image=images * observed,
-        continuations=budget * algo.resamples_per_prefix / 2,
-        resamples_per_prefix=algo.resamples_per_prefix,
+        continuations=prefixes * k / 2,
+        resamples_per_prefix=k,
         resampled=sampled if algo.fork_at == "prompt" else sampled / 2,
         reobserved=min(observed / 0.3, prompt / 2),
     )

@@ -13,6 +13,7 @@ from axpo.config import Config
 from axpo.data.adapters import ADAPTERS
 from axpo.data.write import write_rows
 from axpo.grading import Grader, Rubric
+from axpo.outfolder import OutFolderError
 from axpo.rollout import Agent
 from axpo.tasks import get_task
 from tests.axpo.pipeline_worker import EVALUATE
@@ -115,6 +116,16 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path):
         Results(config(tmp_path, "mini", run__seed=3))
 
 
+def test_a_folder_that_takes_no_results_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutFolderError, match=r"eval\.out = '.*/file': cannot be written to: File exists"):
+        Results(config(tmp_path / "file", "mini"))
+    results = Results(config(tmp_path / "out", "mini"))
+    (tmp_path / "out" / "mini.0.jsonl").mkdir()  # refuses as a full disk does, with an OSError
+    with pytest.raises(OutFolderError, match=r"mini\.0\.jsonl could not be written: Is a directory; .* goes on"):
+        results.append("mini", [{}])
+
+
 def test_families_are_given_or_known(tmp_path: Path):
     file = rows(tmp_path / "hrbench-4k.parquet", 1)
     opened = open_benchmarks(config(tmp_path, "mini", file, f"mine={file}", f"search/x={file}", "reasoning/y=mini"))
@@ -131,8 +142,13 @@ def test_families_are_given_or_known(tmp_path: Path):
 
 
 def test_benchmarks_that_are_none(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"eval\.benchmarks = 'gone\.jsonl': .*cannot be read"):
-        open_benchmarks(config(tmp_path, "gone.jsonl"))
+    for entry, said in {
+        "gone.jsonl": "no such file",
+        "perceptoin": r"no such file, nor an embedded task: .*perception",
+        "=mini": "before the = stands FAMILY/NAME or NAME",
+    }.items():
+        with pytest.raises(ValueError, match=rf"eval\.benchmarks = '{entry}': {said}"):
+            open_benchmarks(config(tmp_path, entry))
     with pytest.raises(ValueError, match=r"eval\.benchmarks = 'mini': there is a 'mini' already"):
         open_benchmarks(config(tmp_path, "mini", "mini"))
     with pytest.raises(ValueError, match=r"eval\.benchmarks = 'a/b/c=mini': before the = stands FAMILY/NAME"):

@@ -14,6 +14,7 @@ from axpo.data import Rows
 from axpo.data.__main__ import filter_file
 from axpo.data.select import RlQuestions
 from axpo.data.write import write_rows
+from axpo.outfolder import OutFolderError
 from axpo.rollout import Agent
 from axpo.tasks import get_task
 from axpo.tasks.conversations import conversation_row
@@ -74,6 +75,9 @@ def test_right_trajectories_become_rows_and_a_killed_collection_goes_on(tmp_path
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(ValueError, match=r"collect\.samples = 3: .* holds results of 4"):
         Collection(config(tmp_path, collect__samples=3))
+    (tmp_path / "outcomes" / "00000009.part").mkdir()  # refuses as a full disk does, with an OSError
+    with pytest.raises(OutFolderError, match=r"could not be written: Is a directory; .* goes on with what is whole"):
+        Collection(settings).write(9, [{}], [])
 
 
 def test_the_filter_keeps_what_rl_can_learn_from(tmp_path: Path):

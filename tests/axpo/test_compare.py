@@ -1,6 +1,7 @@
 """Evaluations side by side: tables, paired changes, tools that both used, and what not all have."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from axpo.compare import SharedTool, compare, sheets
+from axpo.compare import SharedTool, compare, main, sheets
 from tests.axpo.test_scores import line
 
 
@@ -123,3 +124,16 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path: Path, folders
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     done = subprocess.run([*command, "grpo=again"], capture_output=True, text=True)
     assert done.returncode == 2 and "axpo.compare: error: two folders have one name" in done.stderr
+
+
+def test_what_cannot_be_asked(tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    for options, said in {
+        ("--out", str(tmp_path / "file" / "out")): r"--out .*/file/out: cannot be made: Not a directory",
+        ("--out", str(tmp_path / "file")): r"--out .*/file: cannot be made: File exists",
+        ("--k", "-1"): r"--k -1: must be 1 or more",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            main([*(f"{name}={path}" for name, path in folders.items()), *options])
+        assert ended.value.code == 2
+        assert re.fullmatch(f"axpo.compare: error: {said}.*\n", capsys.readouterr().err)

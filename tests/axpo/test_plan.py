@@ -295,7 +295,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
         (["qwen3-vl-9b"], ["qwen3-vl-9b", "qwen3-vl-8b"]),
         (["--gpu", "h101"], ["h101", "h100"]),
         (["--algo.group_sise", "3"], ["algo.group_sise", "algo.group_size"]),
-        (["--gpus", "0"], ["--gpus 0"]),
+        (["--gpus", "0"], ["--gpus 0: must be 1 or more"]),
+        (["--nodes", "-1"], ["--nodes -1: must be 1 or more"]),
+        (["--prompt-tokens", "-5"], ["--prompt-tokens -5: must be a finite number from 0 on"]),
+        (["--sampled-tokens", "nan"], ["--sampled-tokens nan: must be a finite number"]),
+        (["--observed-tokens", "inf"], ["--observed-tokens inf: must be a finite number"]),
+        (["--image-share", "2"], ["--image-share 2: must be between 0 and 1"]),
     ):
         code, _, err = run(capsys, *argv)
         assert code == 2 and all(word in err for word in said), err

@@ -161,3 +161,11 @@ def test_rows_are_exported_as_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     export_file(str(tmp_path / "rows.parquet"), tmp_path / "two.jsonl", count=2)
     assert [row.id for row in Rows(tmp_path / "two.jsonl")] == ["mini/train/0", "mini/train/1"]
     assert "2 of 3 questions of" in capsys.readouterr().out
+
+
+def test_what_cannot_be_exported(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"siute: no such file, nor an embedded task: .*suite"):
+        export_file("siute", tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="--count -2: must be 1 or more"):
+        export_file("mini", tmp_path / "rows.parquet", count=-2)
+    assert not list(tmp_path.iterdir())

@@ -91,6 +91,13 @@ def test_mistakes_are_found_before_the_first_stage(tmp_path: Path):
             resolve(PipelineConfig, [f"--pipeline.rl={entry}"], recipe="pipeline")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    message = r"/file/p cannot be made: Not a directory; set pipeline\.dir"
+    with pytest.raises(ValueError, match=message), locked(tmp_path / "file" / "p"):
+        pass
+
+
 def test_some_checkpoints_are_evaluated(tmp_path: Path):
     some = config(tmp_path, evaluated=["sft+axpo", "base"])
     assert [stage.name for stage in stages(some)[-2:]] == ["evaluate-base", "evaluate-sft+axpo"]
