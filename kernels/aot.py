@@ -61,7 +61,8 @@ class AotResult:
     must_wgmma: bool
 
 
-def compile_case(case: AotCase) -> AotResult:
+def compile_case(case: AotCase, architecture: int = ARCHITECTURE) -> AotResult:
+    """architecture: the compute capability, as 90 for 9.0."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -72,7 +73,7 @@ def compile_case(case: AotCase) -> AotResult:
     fusion = {"enable_fp_fusion": getattr(case.kernel, "fp_fusion", True)}  # as kernels._triton.jit launches it
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **fusion, **case.options}
     source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=attributes)
-    compiled = compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
+    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[union-attr]
     return AotResult(

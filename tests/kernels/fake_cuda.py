@@ -63,6 +63,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.architecture = architecture
         self.kernels: list[str] = []
+        self.operators: list[str] = []  # torch's
         self.calls: list[tuple[str, tuple, Any]] = []  # our operators: name, arguments, result
         self.compiled: dict[str, Compiled] = {}
 
@@ -73,6 +74,7 @@ class Launches(TorchDispatchMode):
                 result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
             self.calls.append((func._opname, args, result))
             return result
+        self.operators.append(func._opname)
         if func._opname in ("mm", "addmm", "addmm_") and func._schema.is_mutable:
             result = kwargs.get("out", args[0])  # its fake form ends in a copy, which torch's CPU build refuses
         else:
@@ -125,7 +127,7 @@ def backward(launches: Launches) -> None:
 
 
 def _getitem(x: torch.Tensor, key: Any) -> torch.Tensor:
-    """x[key] by operators: without CUDA in it, torch's own indexing refuses a tensor that says it is there."""
+    """x[key] by operators, as in METHODS: a torch without CUDA refuses to do it for tensors that say they are there."""
     keys = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in (every := [k for k in keys if not isinstance(k, torch.Tensor)]):
         at = next(i for i, k in enumerate(keys) if k is Ellipsis)
@@ -142,6 +144,21 @@ def _getitem(x: torch.Tensor, key: Any) -> torch.Tensor:
         index.append(k if isinstance(k, torch.Tensor) else None)
         dim += 1
     return x if all(k is None for k in index) else torch.ops.aten.index.Tensor(x, index)
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_contiguous() else torch.ops.aten.clone.default(x, memory_format=torch.contiguous_format)
+
+
+def _float(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float32 else torch.ops.aten._to_copy.default(x, dtype=torch.float32)
+
+
+def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return torch.ops.aten.copy_.default(x, source, non_blocking)
+
+
+METHODS = {"__getitem__": _getitem, "contiguous": _contiguous, "float": _float, "copy_": _copy}
 
 
 class _Driver:
@@ -177,7 +194,8 @@ def fake_cuda(architecture: str = "sm_90", compiling: bool = False) -> Iterator[
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         patch(_triton.Kernel, "run", run)
         patch(FakeTensor, "data_ptr", address)
-        stack.enter_context(mock.patch.object(FakeTensor, "__getitem__", _getitem, create=True))
+        for name, method in METHODS.items():
+            stack.enter_context(mock.patch.object(FakeTensor, name, method, create=True))
         patch(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch(torch.cuda, "get_device_capability", lambda device=None: divmod(number, 10))
         patch(torch.cuda, "get_device_properties", lambda device: properties)
