@@ -79,6 +79,24 @@ static AXPO_INLINE uint32_t words_above(float noise) {
   return v >= 1.0 ? 0xffffffffu : (uint32_t)(v * 4294967296.0);
 }
 
+// The largest of a whole block's z.
+static AXPO_INLINE float block_max(const float* z) {
+  f32x8 m = load8(z);
+  for (int64_t i = 8; i < kBlock; i += 8) m = max8(m, load8(z + i));
+  return hmax8(m);
+}
+
+// Index of the largest z, the lowest on ties, -1 when all are -inf; z [n] is padded with -inf to whole blocks.
+static AXPO_INLINE int64_t first_largest(const float* z, int64_t n) {
+  int64_t start = -1;
+  float top = -kInfinity;
+  for (int64_t b = 0; b < n; b += kBlock) {
+    const float m = block_max(z + b);
+    if (m > top) top = m, start = b;
+  }
+  return start < 0 ? -1 : std::find(z + start, z + n, top) - z;
+}
+
 // Index of the largest z + noise, the lowest on ties, -1 when all z are -inf; *best_sum becomes that sum. z is of the
 // tokens from `first` on, a multiple of kBlock, and padded with -inf to whole blocks.
 // A block that cannot win even with the largest noise gets none; the one with the largest z goes first. Of a block, only
@@ -89,13 +107,8 @@ static AXPO_INLINE int64_t argmax_of(const float* z, int64_t n, int64_t first, u
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   int64_t start = 0, winner = -1;
   float top = -kInfinity, best = -kInfinity;
-  const auto block_max = [z](int64_t b) __attribute__((always_inline)) {
-    f32x8 m = load8(z + b * kBlock);
-    for (int64_t i = 8; i < kBlock; i += 8) m = max8(m, load8(z + b * kBlock + i));
-    return hmax8(m);
-  };
   for (int64_t b = 0; b < blocks; ++b) {
-    const float m = block_max(b);
+    const float m = block_max(z + b * kBlock);
     if (m > top) top = m, start = b;
   }
   if (top == -kInfinity) return -1;
@@ -103,7 +116,7 @@ static AXPO_INLINE int64_t argmax_of(const float* z, int64_t n, int64_t first, u
   for (int64_t step = 0; step <= blocks; ++step) {
     const int64_t b = step == 0 ? start : step - 1;
     if (step > 0 && b == start) continue;
-    const float high = block_max(b);
+    const float high = block_max(z + b * kBlock);
     if (high == -kInfinity || high + kLargestNoise < best) continue;
     philox16((uint32_t)(first / 4 + b * (kBlock / 4)), position, seed, words, multiply);
     const uint32_t limit = best == -kInfinity ? 0xffffffffu : words_above(best - high - 1e-3f);

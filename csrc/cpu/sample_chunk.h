@@ -27,9 +27,8 @@ AXPO_CLONES static void use_up(float* logits, int64_t n, int64_t first, float te
   }
   int64_t at = -1;
   if (greedy) {
-    at = std::max_element(logits, logits + n) - logits;
-    out->won = logits[at];
-    if (out->won == -kInfinity) at = -1;
+    at = first_largest(logits, n);
+    out->won = at < 0 ? -kInfinity : logits[at];
   } else {
     at = gumbel_argmax(logits, n, first, seed, position, &out->won);
   }

@@ -27,11 +27,12 @@ static AXPO_INLINE f32x8 load_tail(const float* p, int64_t n, float fill) {
 // z = logits / temperature. Returns the largest z; *invalid becomes true when one is NaN or +inf.
 static AXPO_INLINE float scale_row(const float* logits, float* z, int64_t n, float temperature, bool* invalid) {
   const f32x8 t = splat8(temperature), inf = splat8(kInfinity);
+  const bool divide = temperature != 1.0f;  // x / 1 is x
   f32x8 top = splat8(-kInfinity);
   i32x8 bad = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const f32x8 v = load8(logits + i) / t;
+    const f32x8 v = divide ? load8(logits + i) / t : load8(logits + i);
     top = max8(v, top);
     bad |= !(v < inf);
     store8(z + i, v);
