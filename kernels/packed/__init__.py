@@ -161,3 +161,9 @@ if LOADED:
         tokens, positions, embedding, weights, norm, axis, cos, sin, kv, slots, writes, tables, starts, lens, wanted, *_
     ):
         return embedding.new_empty(len(wanted), embedding.shape[1])
+
+    @torch.library.register_fake("axpo::packed_decode")
+    def _(embedding, weights, norm, head, axis, cos, sin, kv, rows, temperature, *_):
+        n, most = rows.shape[1], torch.library.get_ctx().new_dynamic_size()  # as many as the row that wants most
+        logprobs, entropies = (temperature.new_empty(n, most) for _ in range(2))
+        return rows.new_empty(n, most), logprobs, entropies, rows.new_empty(n)

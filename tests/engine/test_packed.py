@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from engine import LLM, SamplingParams
 from engine.models import PackedVision, VisionConfig
@@ -110,3 +112,27 @@ def test_the_vision_tower_in_one_call(hidden: int, heads: int, out: int) -> None
     expected = tower.double()(pixels.double(), torch.tensor(grids))
     for one, other in zip((actual.embeds, *actual.deepstack), (expected.embeds, *expected.deepstack), strict=True):
         torch.testing.assert_close(one, other.float(), atol=2e-4, rtol=1e-4)
+
+
+class Recorder(TorchDispatchMode):
+    """The arguments, copied, of the first call of each operator of kernels.packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("axpo.").removesuffix(".default")
+        if name.startswith("packed_") and name not in self.calls:
+            self.calls[name] = tree_map_only(torch.Tensor, lambda tensor: tensor.numpy().copy(), args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_opcheck_of_calls_as_the_engine_makes_them(vl_checkpoint: Path) -> None:
+    llm = LLM(vl_checkpoint, kv_cache_bytes=1 << 22, num_scheduler_steps=4)
+    with Recorder() as recorder:
+        llm.generate(prompts_of(random.Random(1), llm)[:2], PARAMS, use_tqdm=False)
+    assert recorder.calls.keys() == {"packed_forward", "packed_decode", "packed_vision"}
+    for name, recorded in recorder.calls.items():
+        arguments = tree_map_only(np.ndarray, torch.from_numpy, recorded)
+        torch.library.opcheck(getattr(torch.ops.axpo, name).default, arguments)
