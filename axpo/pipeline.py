@@ -13,6 +13,7 @@ from pathlib import Path
 from axpo.cli import ConfigError, exit_with, load_config
 from axpo.config import CollectConfig, Config, PipelineConfig, SftConfig, Stages
 from axpo.paths import model_directory
+from axpo.snapshot import snapshot
 from axpo.stages import Record, Runner, Stage, locked
 from axpo.tasks import task_names
 
@@ -141,7 +142,7 @@ def run_stages(planned: list[Stage], record: Record, runner: Runner, nproc: int)
             continue
         command = stage.command(nproc)
         print(f"\n{title}: {shlex.join(['python', *command[1:]])}", flush=True)
-        begun = time.monotonic()
+        begun, read = time.monotonic(), snapshot(stage.reads())
         code = runner.run(command)
         if runner.stopped is not None:
             print(f"stopped by {runner.stopped.name} in stage {stage.name}; the same command goes on", flush=True)
@@ -149,7 +150,7 @@ def run_stages(planned: list[Stage], record: Record, runner: Runner, nproc: int)
         if code or not stage.made.exists():
             why = f"ended with {code}; its message is above" if code else f"ended early: {stage.made} is not there"
             exit_with("axpo.pipeline", ValueError(f"stage {stage.name} {why}; the same command goes on there"), 1)
-        record.finish(stage, time.monotonic() - begun)
+        record.finish(stage, time.monotonic() - begun, read)
 
 
 if __name__ == "__main__":

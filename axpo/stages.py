@@ -16,7 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from axpo.cli import ConfigError, resolve
+from axpo.paths import ASSETS, MODELS
 from axpo.rundir import write_json
+from axpo.snapshot import changes
+from axpo.tasks import task_names
 
 _WAIT_S = 300.0  # for a stage that a killed pipeline left: it saves its step and ends
 _PR_SET_PDEATHSIG = 1
@@ -53,6 +56,20 @@ class Stage:
         config = self.config()
         return {"words": self.words} if config is None else config.model_dump(mode="json")
 
+    def reads(self) -> list[Path]:
+        """The models and the rows that its settings name, as they are on disk; embedded tasks are not."""
+        config = self.config()
+        if config is None:
+            named = [Path(word) for word in self.words[1:] if word not in task_names()]
+            return [path for path in named if path != self.made and path.exists()]
+        settings = config.model_dump()
+        model, data = settings["model"]["path"], settings["data"]
+        rows = [data["path"], data["heldout_path"]]
+        if self.module == "axpo.evaluate":
+            rows = [entry.partition("=")[2] or entry for entry in settings["eval"]["benchmarks"]]
+        named = [ASSETS / model if model in MODELS else model, *rows]
+        return [Path(path) for path in named if path and path not in task_names() and Path(path).exists()]
+
     def command(self, nproc: int) -> list[str]:
         """As it is started now; on `nproc` processes where it takes a recipe."""
         module = ["-m", self.module]
@@ -63,10 +80,12 @@ class Stage:
 
 
 class Record:
-    """What is finished: a file a stage, with the settings it had, and when those it needs were finished.
+    """What is finished: a file a stage, with the settings it had, the state of the files that it read, and when those
+    stages that it needs were finished.
 
     Raises:
-        ValueError: a finished stage had other settings than now, or one that it needs was run again after it.
+        ValueError: a finished stage had other settings than now, read files that have changed, or one that it needs was
+            run again after it.
     """
 
     def __init__(self, folder: Path, stages: Sequence[Stage]):
@@ -83,12 +102,16 @@ class Record:
             for need in stage.needs:
                 if kept["after"][need] != self.finished.get(need, {}).get("time"):
                     raise ValueError(f"stage {stage.name} was run with the results of another {need}; {again}")
+            for change in changes(kept.get("read", {})):
+                raise ValueError(f"stage {stage.name} has read what has changed since: {change}; {again}")
             self.finished[stage.name] = kept
         self._settings = settings
 
-    def finish(self, stage: Stage, seconds: float) -> None:
+    def finish(self, stage: Stage, seconds: float, read: dict[str, dict[str, str]]) -> None:
+        """`read`: the snapshot of its files from before it was started."""
         after = {need: self.finished[need]["time"] for need in stage.needs}
         kept = {"time": time.time(), "seconds": seconds, "after": after, "settings": self._settings[stage.name]}
+        kept["read"] = read
         write_json(self._file(stage), kept)
         self.finished[stage.name] = kept
 

@@ -1,6 +1,7 @@
 """What the pipeline's stages are told, and when a finished one counts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from axpo.cli import ConfigError, resolve
 from axpo.config import PipelineConfig, Stages
 from axpo.pipeline import evaluations, stages
+from axpo.snapshot import snapshot
 from axpo.stages import Record, Stage, locked
 
 
@@ -110,7 +112,7 @@ def test_a_finished_stage_counts_with_the_same_settings_only(tmp_path: Path):
     planned = stages(config(tmp_path, count=4))
     record = Record(tmp_path / "done", planned)
     for stage in planned[:3]:
-        record.finish(stage, 1.0)
+        record.finish(stage, 1.0, {})
     assert list(Record(tmp_path / "done", planned).finished) == ["questions", "teacher", "sft"]
     # What is not finished may change, and what no result depends on.
     other = config(tmp_path, count=4, nproc=2, rl=[], sft="mini-sft --checkpoint.every 7 --log.console false")
@@ -120,9 +122,50 @@ def test_a_finished_stage_counts_with_the_same_settings_only(tmp_path: Path):
         Record(tmp_path / "done", changed)
     with pytest.raises(ValueError, match=r"stage questions was run with words = .*'4'.*, now .*'5'"):
         Record(tmp_path / "done", stages(config(tmp_path, count=5)))
-    Record(tmp_path / "done", planned).finish(planned[1], 1.0)
+    Record(tmp_path / "done", planned).finish(planned[1], 1.0, {})
     with pytest.raises(ValueError, match="stage sft was run with the results of another teacher"):
         Record(tmp_path / "done", planned)
+
+
+def test_a_finished_stage_counts_while_what_it_read_is_as_it_was(tmp_path: Path):
+    model, rows, more, bench = (tmp_path / name for name in ("model", "rows", "more.jsonl", "b.jsonl"))
+    model.mkdir()
+    rows.mkdir()
+    for file in (model / "config.json", rows / "a.jsonl", more, bench):
+        file.write_text("one")
+    weights = model / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(1 << 30)
+    evaluate = f"mini --eval.benchmarks mini,family/b={bench}"
+    given = {"teacher": str(model), "base": str(model), "questions": str(rows), "more": [str(more)]}
+    planned = stages(config(tmp_path, evaluate=evaluate, evaluated=["base"], **given))
+    by_name = {stage.name: stage for stage in planned}
+    assert by_name["teacher"].reads() == [model, rows]
+    assert by_name["filter"].reads() == [rows, more], "what the stages before make is not there yet"
+    assert by_name["evaluate-base"].reads() == [model, bench]
+    assert stages(config(tmp_path, count=4))[0].reads() == [], "an embedded task is no file"
+
+    record = Record(tmp_path / "done", planned)
+    for stage in planned:
+        record.finish(stage, 1.0, snapshot(stage.reads()))
+    os.utime(rows / "a.jsonl")
+    assert len(Record(tmp_path / "done", planned).finished) == len(planned), "of a small file the content counts"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=rf"{message}; name another folder with --pipeline\.name, or delete"):
+            Record(tmp_path / "done", planned)
+
+    for file, stage in ((rows / "a.jsonl", "teacher"), (more, "filter"), (bench, "evaluate-base")):
+        file.write_text("two")
+        refused(rf"stage {stage} has read .*: {file} was 3 bytes with SHA-256 \w+…, now it is 3 bytes with .*…")
+        file.write_text("one")
+    (rows / "b.jsonl").write_text("more")
+    refused(rf"stage teacher .*: {rows / 'b.jsonl'} was not there, now it is 4 bytes .*")
+    (rows / "b.jsonl").unlink()
+    os.utime(weights)
+    refused(rf"stage teacher .*: {weights} was {1 << 30} bytes of .*, now it is {1 << 30} bytes of .*")
+    shutil.rmtree(model)
+    assert len(Record(tmp_path / "done", planned).finished) == len(planned), "what was read may be cleared away"
 
 
 SAVING = """

@@ -62,6 +62,10 @@ def test_killed_it_goes_on_and_ends_with_the_table(tmp_path: Path):
     assert again.returncode == 0 and again.stdout.count("finished before") == 8, again.stderr[-3000:]
     other = axpo("pipeline", *words, "--pipeline.count", "9")
     assert other.returncode == 2 and "stage questions was run with words" in other.stderr
+    with (out / "questions.parquet").open("ab") as file:
+        file.write(b"changed")
+    changed = axpo("pipeline", *words)
+    assert changed.returncode == 2 and "stage teacher has read what has changed since: " in changed.stderr
 
 
 def test_a_stage_that_fails_stops_it_with_its_message(tmp_path: Path):
