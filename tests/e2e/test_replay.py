@@ -34,3 +34,15 @@ def test_a_damaged_reference_policy_stops_the_run_and_is_found(tmp_path: Path) -
     lines = found.stdout.splitlines()
     assert lines[0].startswith(f"replay of {kept}: update 2: loss nan"), found.stdout
     assert lines[-1].startswith(f"first non-finite tensor: forward, output of reference policy: {BAD}: "), found.stdout
+
+
+def test_fine_tuning_from_damaged_weights_ends_with_the_same_code(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model_directory("mini"), tmp_path / "model"))
+    state = load_file(model / "model.safetensors")
+    state[f"{BAD}.weight"][3, 7] = float("inf")
+    save_file(state, model / "model.safetensors")
+    small = {"run__steps": 1, "sft__batch_size": 2, "sft__examples": 8}
+    done = axpo("sft", model__path=model, run__dir=tmp_path, run__name="tuned", **small)
+    assert done.returncode == 3, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("axpo.sft: error: ")]
+    assert len(errors) == 1 and "update 1: loss nan" in errors[0] and "Traceback" not in done.stderr, done.stderr
