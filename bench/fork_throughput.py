@@ -155,11 +155,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.grid is not None:
         try:
             prefixes, forks = (args.grid or GRIDS[device]).split("x")
-            args.grid = [(int(p), int(k)) for p in prefixes.split(",") for k in forks.split(",")]
-            if min(map(min, args.grid)) < 1:
+            grid = [(int(p), int(k)) for p in prefixes.split(",") for k in forks.split(",")]
+            if min(map(min, grid)) < 1:
                 raise ValueError
         except ValueError:
             parser.error(f"--grid {args.grid}: write prefixes x forks, each at least 1, as 128,2048x1,16")
+        args.grid = grid
     return args
 
 

@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(tiny, tmp_path, monkeypatch, capsys):
         ("--peers sglang", "generate"),
         ("--new-tokens 3", "at least 4"),
         ("--grid 4096", "128,2048x1,16"),
-        ("--grid 16,0x1", "each at least 1"),
+        ("--grid 16,0x1", "--grid 16,0x1: write prefixes x forks, each at least 1"),
         ("--temperature -1", "--temperature and --seed are at least 0"),
         ("--temperature nan", "--temperature and --seed are at least 0"),
         ("--seed -1", "--temperature and --seed are at least 0"),
