@@ -63,7 +63,7 @@ class LLM(Inputs, Lifecycle):
         block_size: int = 16,
         max_batch_tokens: int = 4096,
         max_num_seqs: int = 1024,
-        num_scheduler_steps: int = 16,
+        num_scheduler_steps: int = 32,
         vision_cache_bytes: int = 1 << 28,
         enable_prefix_caching: bool = True,
         share_prefixes: bool = True,
