@@ -19,7 +19,9 @@ class Workload:
 
     prompt, prompt_image: of a question, all of it and its image tokens. sampled, longest: of a rollout, in the mean and
     at most. observed, observed_image: tool responses of a rollout. continuations: resamples of a step, in groups of
-    resamples_per_prefix. resampled, reobserved: what a continuation samples and observes of its own.
+    resamples_per_prefix. kept: what a continuation has in common with its source behind the prompt. resampled,
+    reobserved: what it samples and observes of its own. left_out: of a source's ending, whose place in training its
+    continuations take.
     """
 
     questions: int
@@ -32,6 +34,8 @@ class Workload:
     observed_image: float
     continuations: float
     resamples_per_prefix: int
+    kept: float
+    left_out: float
     resampled: float
     reobserved: float
 
@@ -62,18 +66,18 @@ class Workload:
         own = self.sampled + self.observed
         behind = _sequence(own, self.prompt, self.observed_image, shape) * self.rollouts
         more = self.resampled + self.reobserved
-        # A source's own continuation is masked and left out where K others take its place.
-        additional = self.continuations * (1 - 1 / self.resamples_per_prefix)
-        forked = _sequence(more, self.prompt + self.sampled / 2, 0.0, shape) * additional
-        work = self.prompts(shape) + behind + forked
+        forked = _sequence(more, self.prompt + self.kept, 0.0, shape) * self.continuations
+        sources = self.continuations / self.resamples_per_prefix
+        masked = _sequence(self.left_out, self.prompt + self.kept, 0.0, shape) * sources
+        work = self.prompts(shape) + behind + forked + masked * -1
         return Work(work.tokens, work.pairs, self.sampled_in_all, work.patches, work.patch_pairs)
 
 
 def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
     """From a recipe's limits: half of the tokens that may be sampled are; of what the context has beside them a quarter
     is the prompt; three rollouts in ten observe half as much again; four tokens in five of prompts and observations are
-    an image's; half of the resampling budget is used, and a continuation samples half of what a rollout does, or all of
-    it from the prompt.
+    an image's; half of the resampling budget is used, a continuation samples half of what a rollout does, or all of it
+    from the prompt, and half of the prefixes recover.
 
     given: other values of `prompt`, `sampled`, `observed`, `image_share`.
     """
@@ -85,6 +89,9 @@ def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
     images = given.get("image_share", 0.8) if shape.vision else 0.0
     questions, k = rollout.questions_per_step, algo.resamples_per_prefix
     prefixes = prefix_budget(algo.resampling_ratio, questions, algo.group_size, k)
+    from_prompt = algo.fork_at == "prompt"  # such sources are trained to their end
+    masked = 0.0 if from_prompt else (algo.mask_failed_suffix + algo.mask_recovered_suffix) / 2
+    resampled, reobserved = sampled if from_prompt else sampled / 2, min(observed / 0.3, prompt / 2)
     return Workload(
         questions=questions,
         group_size=algo.group_size,
@@ -96,8 +103,10 @@ def assumed(config: Config, shape: Shape, given: dict[str, float]) -> Workload:
         observed_image=images * observed,
         continuations=prefixes * k / 2,
         resamples_per_prefix=k,
-        resampled=sampled if algo.fork_at == "prompt" else sampled / 2,
-        reobserved=min(observed / 0.3, prompt / 2),
+        kept=0.0 if from_prompt else sampled / 2,
+        left_out=masked * (resampled + reobserved),
+        resampled=resampled,
+        reobserved=reobserved,
     )
 
 
@@ -120,6 +129,8 @@ def assumed_sft(config: SftConfig, shape: Shape, given: dict[str, float]) -> Wor
         observed_image=images * observed,
         continuations=0.0,
         resamples_per_prefix=1,
+        kept=0.0,
+        left_out=0.0,
         resampled=0.0,
         reobserved=0.0,
     )
@@ -135,6 +146,8 @@ def measured(run: Path, shape: Shape) -> Workload:
     if not rollouts:
         raise ValueError(f"--from-run {run}: no trajectories there; give a run directory, <run.dir>/<run.name>")
     groups = {(t.step, t.group) for t in rollouts}
+    forks = {(t.step, t.parent): t.fork_token for t in resamples}
+    endings = [t.loss_mask[forks[t.step, t.id] :] for t in rollouts if (t.step, t.id) in forks]
 
     def mean(trajectories: list[Trajectory], role: int) -> float:
         own = [t.roles[t.fork_token or 0 :].count(role) for t in trajectories]
@@ -155,6 +168,8 @@ def measured(run: Path, shape: Shape) -> Workload:
         observed_image=sum(images(t, t.prompt_len, None) for t in rollouts) / count,
         continuations=len(resamples) / len(files),
         resamples_per_prefix=round(len(resamples) / max(1, len({t.parent for t in resamples}))) or 1,
+        kept=sum((t.fork_token or 0) - t.prompt_len for t in resamples) / max(1, len(resamples)),
+        left_out=sum(len(mask) for mask in endings if not any(mask)) / max(1, len(endings)),
         resampled=mean(resamples, SAMPLED),
         reobserved=mean(resamples, OBSERVATION),
     )

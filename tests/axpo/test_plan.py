@@ -25,7 +25,7 @@ from axpo.plan.layout import Checkpointing
 from axpo.plan.memory import block_bytes, kv_token_bytes, layer_bytes
 from axpo.plan.shapes import Shape, model_shape, published_config, read_shape
 from axpo.plan.timing import _decode
-from axpo.plan.workload import measured
+from axpo.plan.workload import assumed, measured
 from axpo.tree import build_trees
 from axpo.weights_sync import push_weights
 from engine import LLM
@@ -33,7 +33,7 @@ from engine.models import ModelConfig, Predict, Qwen3VL, VisionInput
 from engine.models.qwen3_vl import mrope_table
 from engine.models.vision import frame_layout
 from kernels import tree_attention
-from tests.axpo.factory import IMAGE, random_group, write_checkpoint
+from tests.axpo.factory import IMAGE, algo_of, credit, random_group, random_step, write_checkpoint
 from tests.axpo.learner_worker import batches, build_learner
 
 NAMES = {
@@ -247,6 +247,42 @@ def test_lengths_of_a_run(tmp_path: Path):
         rollout.loss_mask = [int(role == 1) for role in rollout.roles]
     packed = sum(tree.num_tokens for group in groups for tree in build_trees(group, {}, IMAGE))
     assert load.training(shape).tokens == pytest.approx(packed + len(rollouts))
+
+
+@pytest.mark.parametrize("recipe", ["mini", "no-tool-target", "no-prefix-fix", "arpo"])
+def test_training_is_as_long_as_the_trees_that_a_recipe_packs(recipe: str, tmp_path: Path):
+    algo = algo_of(recipe)
+    groups, resamples = random_step(11, algo, groups=60)
+    credit(groups, resamples, algo)
+    everything = [t for trajectories in (*groups, *resamples.values()) for t in trajectories]
+    folder = tmp_path / "trajectories"
+    folder.mkdir()
+    (folder / "step_000001.jsonl").write_text("".join(f"{trajectory.to_json()}\n" for trajectory in everything))
+    shape = replace(model_shape("mini"), image_token=IMAGE)
+    load = measured(tmp_path, shape)
+    to_the_end = recipe in ("no-prefix-fix", "arpo")
+    assert load.continuations > 30 and (load.left_out == 0) == to_the_end
+    trees = [tree for group in groups for tree in build_trees(group, resamples, IMAGE)]
+    # Nothing is predicted from the last token of a path, which is left out of the tree.
+    paths = 240 + load.continuations - (0 if to_the_end else len(resamples))
+    packed = sum(tree.num_tokens for tree in trees) + paths
+    assert load.training(shape).tokens == pytest.approx(packed)
+
+
+def test_assumed_training_of_a_recipe_counts_the_sources_that_it_keeps():
+    settings = {recipe: config("mini", *([recipe] if recipe else [])) for recipe in ("", "arpo", "no-prefix-fix")}
+    shape = model_shape("mini")
+    loads = {recipe: assumed(one, shape, {}) for recipe, one in settings.items()}
+    axpo, arpo, fresh = (loads[recipe] for recipe in ("", "arpo", "no-prefix-fix"))
+    assert (arpo.left_out, fresh.left_out, fresh.kept) == (0, 0, 0) and axpo.kept == arpo.kept > 0
+    sources = axpo.continuations / axpo.resamples_per_prefix
+    more = arpo.training(shape).tokens - axpo.training(shape).tokens
+    assert more == pytest.approx(sources * (axpo.resampled + axpo.reobserved))
+    assert fresh.training(shape).tokens == pytest.approx(
+        fresh.questions * fresh.prompt
+        + fresh.rollouts * (fresh.sampled + fresh.observed)
+        + fresh.continuations * (fresh.sampled + fresh.reobserved)
+    )
 
 
 def test_flops_of_a_layer_are_two_a_weight():
