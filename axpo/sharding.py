@@ -15,7 +15,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from axpo.activations import Mode, checkpoint_layers
 from axpo.distributed import all_reduce, world_size
-from engine.models import ModelConfig, Qwen3VL, VisionFeatures, pack_projections
+from engine.models import ModelConfig, Qwen3VL, VisionFeatures, to_empty
 from engine.weights import check_names, stored_tensors
 
 # FSDP2 hooks the backward pass onto a module's outputs; before torch 2.12 it looks only into registered containers.
@@ -81,10 +81,10 @@ def build_model(
             shard(block)
         shard(visual)
     shard(model, reshard_after_forward=True)
-    model = model.to_empty(device=torch.device("cpu") if offload else device)
+    place = torch.device("cpu") if offload else device
     if world_size() == 1:
-        pack_projections(model)  # an engine that aliases these parameters computes them fused
-    return model
+        return to_empty(model, place)  # an engine that aliases these parameters computes projections fused
+    return model.to_empty(device=place)
 
 
 def _mesh(device: torch.device, replicas: int) -> DeviceMesh:

@@ -1,7 +1,7 @@
 """The models that the engine serves and the trainer trains: one definition, two attentions."""
 
 from engine.models.config import ModelConfig, TextConfig, VisionConfig
-from engine.models.fused import adjacent_parameters, fuse_projections, pack_projections
+from engine.models.fused import adjacent_parameters, fuse_projections, to_empty
 from engine.models.packed import PackedModel
 from engine.models.packed_vision import PackedVision
 from engine.models.qwen3_vl import Predict, Qwen3VL
@@ -19,5 +19,5 @@ __all__ = [
     "VisionInput",
     "adjacent_parameters",
     "fuse_projections",
-    "pack_projections",
+    "to_empty",
 ]

@@ -8,24 +8,34 @@ from torch import Tensor, nn
 from engine.models.qwen3_vl import MLP, DecoderLayer, Qwen3VL, SelfAttention
 
 
-def pack_projections(model: Qwen3VL) -> None:
-    """Moves the parameters of fused projections into shared storage, where `fuse_projections` finds them adjacent.
+def to_empty(model: Qwen3VL, device: torch.device) -> Qwen3VL:
+    """As `Module.to_empty`, with fused projections in one piece each, where `fuse_projections` finds them adjacent.
 
-    The parameters stay separate under their own names; only where they lie changes. Sharded parameters (DTensors) are
-    packed shard by shard, before FSDP's first forward.
+    The parameters stay separate under their own names; only where they lie is new. Of sharded parameters (DTensors) the
+    shards lie so.
     """
-    for projections in _groups(model).values():
-        for name in ("weight", "bias"):
-            parameters: list[nn.Parameter] = [getattr(projection, name) for projection in projections]
-            if parameters[0] is None:
-                continue
-            local = [getattr(parameter, "_local_tensor", parameter.data) for parameter in parameters]
-            parts = torch.cat([tensor.detach() for tensor in local]).split([len(tensor) for tensor in local])
-            for parameter, part in zip(parameters, parts, strict=True):
-                if hasattr(parameter, "_local_tensor"):
-                    parameter._local_tensor = part  # type: ignore[attr-defined]
-                else:
-                    parameter.data = part
+    places: dict[int, Tensor] = {}
+    for group in adjacent_parameters(model):
+        parameters = [getattr(module, name) for module, name in group]
+        local = [getattr(parameter, "_local_tensor", parameter) for parameter in parameters]
+        rows = [len(tensor) for tensor in local] if len(local) > 1 else []
+        if rows:
+            whole = torch.empty(sum(rows), *local[0].shape[1:], dtype=local[0].dtype, device=device)
+            places |= {id(parameter): part for parameter, part in zip(parameters, whole.split(rows), strict=True)}
+
+    def empty(tensor: Tensor) -> Tensor:
+        part = places.get(id(tensor))
+        if part is None:
+            return torch.empty_like(tensor, device=device)
+        if not hasattr(tensor, "_local_tensor"):
+            return part
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(tensor, DTensor)
+        sizes = {"shape": tensor.shape, "stride": tensor.stride()}
+        return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, **sizes)
+
+    return model._apply(empty)
 
 
 def fuse_projections(model: Qwen3VL) -> None:

@@ -12,13 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from axpo.checkpoint import Progress, load_checkpoint, save_checkpoint
 from axpo.config import Config, Rollout, Train
 from axpo.inputs import check_inputs
 from axpo.learner import score
 from axpo.packing import pack_trees
-from engine.weights import read_tensors
+from axpo.sharding import build_model, load_sharded
+from axpo.weights_sync import push_weights
+from engine.models import Qwen3VL, fuse_projections
+from engine.weights import load_weights, read_tensors
 from tests.axpo.factory import write_checkpoint
 from tests.axpo.learner_worker import build_learner, launch
 from tests.axpo.sharding_worker import BUDGET, LAYOUTS, SAME_BITS, SMALL_BUDGET, train, trees, whole
@@ -168,6 +172,41 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count[func.name()] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Allocated(TorchDispatchMode):
+    """Storages in host memory that operators make, by address; they are kept, so that none is given out twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            local = getattr(tensor, "_local_tensor", tensor)
+            if isinstance(local, Tensor) and local.device.type == "cpu":
+                self.storages[local.untyped_storage().data_ptr()] = local.untyped_storage()
+        return out
+
+
+def test_one_rank_allocates_every_parameter_once_and_fused_projections_adjacent(checkpoint: Path):
+    config = build_learner(checkpoint).config
+    with Allocated() as allocated:
+        model = build_model(config, torch.bfloat16, torch.device("cpu"))
+    parameters = dict(model.named_parameters())
+    held = sum(parameter.numel() * 4 for parameter in parameters.values())
+    assert held <= sum(storage.nbytes() for storage in allocated.storages.values()) < held + 4096
+    assert load_sharded(model, checkpoint) > 0
+    plain = Qwen3VL(config)
+    load_weights(plain, checkpoint)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameters[name].full_tensor(), parameter), name  # pyright: ignore[reportAttributeAccessIssue]
+    engine = Qwen3VL(config).requires_grad_(False)
+    assert push_weights(model, engine).aliased
+    fuse_projections(engine)
+    layer = engine.model.language_model.layers[0]
+    assert layer.self_attn.fused is not None and layer.mlp.fused is not None
 
 
 def test_what_is_computed_again(checkpoint: Path):
