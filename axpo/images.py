@@ -36,7 +36,7 @@ def load_image(source: Path | bytes, name: str = "the image") -> Image.Image:
     """
     name = name if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(BytesIO(encoded(source))) as image:
             check_image(image, name)
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
@@ -45,6 +45,15 @@ def load_image(source: Path | bytes, name: str = "the image") -> Image.Image:
         raise ValueError(f"{name} cannot be decoded: not an image format that Pillow knows") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
+
+
+def encoded(source: Path | bytes) -> bytes:
+    """An image as it is stored. Raises OSError for a path that is missing or no image file; see engine.prompts."""
+    if isinstance(source, bytes):
+        return source
+    from engine.prompts import read_image  # brings torch, which data commands do without until they open an image
+
+    return read_image(source)
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from axpo.data.rows import FIELDS, Row, check_pictures, parse_row
 from axpo.data.tables import TableError, find_files, open_table
 from axpo.grading import Kind
+from axpo.images import encoded
 
 _SHOWN = 10
 
@@ -109,8 +110,7 @@ class Rows:
                 continue
             digest.update(json.dumps([row.id, row.messages, repr(row.rubric), len(row.pictures)]).encode())
             for picture in row.pictures:
-                stored = picture if isinstance(picture, bytes) else picture.read_bytes()
-                digest.update(hashlib.sha256(stored).digest())
+                digest.update(hashlib.sha256(encoded(picture)).digest())
         return digest.hexdigest()
 
     def place(self, index: int) -> str:

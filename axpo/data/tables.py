@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _FIELD_LIMIT = 2**30  # characters of a TSV field: benchmarks hold images in base64
+_LINE_LIMIT = 2**28  # bytes of a line of JSON lines, or characters of one of TSV
+_LIST_LIMIT = 2**32  # bytes of a JSON list, which is read whole
 
 
 class TableError(ValueError):
@@ -43,6 +45,8 @@ def open_table(path: str | Path) -> Table:
     path = Path(path)
     if not path.exists():
         raise TableError(f"{path}: cannot be read: there is no such file")
+    if not path.is_file():  # of a pipe, opening it would wait for the other end
+        raise TableError(f"{path}: cannot be read: it is no file, but a folder, a pipe or a device")
     if path.suffix not in _FORMATS:
         raise TableError(f"{path}: the format of this file is unknown; there is {', '.join(sorted(_FORMATS))}")
     try:
@@ -74,7 +78,9 @@ class JsonLines:
         self._starts, self._numbers = array("q"), array("q")
         start = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_LIMIT), b""), start=1):
+                if len(line) == _LINE_LIMIT:
+                    raise TableError(f"{path}:{number}: a line of {_LINE_LIMIT} bytes or more; is it JSON lines?")
                 if line.strip():
                     self._starts.append(start)
                     self._numbers.append(number)
@@ -115,6 +121,8 @@ class JsonList:
 
     def __init__(self, path: Path):
         self.path = path
+        if (size := path.stat().st_size) > _LIST_LIMIT:
+            raise TableError(f"{path}: {size} bytes in one JSON list; make it .jsonl, a row a line")
         try:
             self._records = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -172,7 +180,9 @@ class _Lines:
         self.read = 0
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._file:
+        while line := self._file.readline(_LINE_LIMIT):
+            if len(line) == _LINE_LIMIT:
+                raise TableError(f"{self._file.name}: a line of {_LINE_LIMIT} characters or more; is it TSV?")
             self.read += len(line.encode())
             yield line
 

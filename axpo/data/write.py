@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from axpo.images import encoded
+
 GROUP_ROWS = 64  # a row is read with its group: with images of 1 MB, 64 MB
 _SCHEMA = pa.schema(
     {
@@ -89,9 +91,7 @@ def _columns(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _stored(image: Path | bytes) -> dict[str, Any]:
-    if isinstance(image, bytes):
-        return {"bytes": image, "path": None}
-    return {"bytes": image.read_bytes(), "path": image.name}
+    return {"bytes": encoded(image), "path": None if isinstance(image, bytes) else image.name}
 
 
 def _text(image: Path | bytes, folder: Path) -> str:

@@ -43,11 +43,11 @@ class ImageSearch(Tool):
         if not path or not Path(path).expanduser().is_dir():
             raise ValueError(f"image_search.path = {path!r}: tool image_search needs a folder of pictures; set it")
         folder = Path(path).expanduser()
-        self._files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+        self._files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
         if not self._files:
             raise ValueError(f"image_search.path = {path!r}: no picture ({', '.join(_SUFFIXES)}) in it")
         listed = folder / "captions.json"
-        captions = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+        captions = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
         self._captions = [_caption(file, folder, captions) for file in self._files]
         self._max_side = max_side
         self._index = bm25s.BM25()
@@ -71,7 +71,7 @@ class ImageSearch(Tool):
 
 def _caption(file: Path, folder: Path, captions: Mapping[str, str]) -> str:
     beside = file.with_suffix(".txt")
-    if beside.exists():
+    if beside.is_file():
         return " ".join(beside.read_text(encoding="utf-8").split())
     words = file.stem.replace("_", " ").replace("-", " ")
     return captions.get(file.relative_to(folder).as_posix(), captions.get(file.name, words))

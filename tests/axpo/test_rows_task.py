@@ -1,6 +1,7 @@
 """Own questions from JSON lines: what is right is read, what is wrong is named by file, row and field."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,29 @@ def test_images_that_cannot_be_used_are_found_before_training(tmp_path: Path):
     }.items():
         assert f"images[{index}]" in lines[index - 1] and words in lines[index - 1], lines
     assert "images[4]" in lines[3] and "folder.png" in lines[3]
+
+
+@pytest.mark.timeout(60)
+def test_images_and_files_that_would_hang_or_fill_memory(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    lines = problems(tmp_path, row(images=["ok.png", "pipe.png", "device.png"]))
+    assert "images[1]" in lines[0] and "pipe.png cannot be read: it is a named pipe" in lines[0]
+    assert "images[2]" in lines[1] and "device.png cannot be read: it is a device" in lines[1]
+    rows = Rows(write(tmp_path / "more.jsonl", row(images=["pipe.png"])))
+    with pytest.raises(OSError, match="named pipe"):
+        rows.content_hash()
+    for suffix in ("jsonl", "parquet", "arrow", "json", "tsv"):
+        os.mkfifo(tmp_path / f"pipe.{suffix}")
+        (tmp_path / f"device.{suffix}").symlink_to("/dev/zero")
+        for kind in ("pipe", "device"):
+            with pytest.raises(DataError, match=rf"{kind}\.{suffix}: cannot be read: it is no file"):
+                Rows(tmp_path / f"{kind}.{suffix}")
+        sparse = tmp_path / f"sparse.{suffix}"
+        with sparse.open("wb") as file:
+            file.truncate(10 << 30)
+        with pytest.raises(DataError, match=rf"sparse\.{suffix}.*(a line of|cut short|bytes in one JSON list)"):
+            Rows(sparse)
 
 
 def test_many_problems_are_counted(tmp_path: Path):
