@@ -33,8 +33,8 @@ import torch  # noqa: E402
 from bench import engine_figures  # noqa: E402
 from bench.cases import CASES, Case, Shape, draw  # noqa: E402
 from bench.checks import Check, check_case, check_copies, check_engine, check_sharing  # noqa: E402
-from bench.engine_figures import Figure  # noqa: E402
 from bench.engine_checks import check_machinery  # noqa: E402
+from bench.engine_figures import Figure  # noqa: E402
 from bench.measure import floors, forward_call, gradient_call, seconds, workspace_bytes  # noqa: E402
 
 LIMIT_S = 500  # of nine minutes; what would begin later is left out, and said to be
@@ -168,8 +168,11 @@ def all_checks(cases: list[Case], device: torch.device, engine: bool) -> Iterato
                     yield from check_case(case, shape, device, dtype, "triton")
                 except Exception as error:
                     yield Check(f"{case.name}, {shape.name}, {dtype}", False, _brief(error))
-    kernels = (check_copies, check_sharing) if {"copy_blocks", "paged_attention"} & {case.name for case in cases} else ()
-    for check in (*kernels, *((check_engine, check_machinery) if engine else ())):
+    pooled = {"copy_blocks", "paged_attention"} & {case.name for case in cases}
+    for check in (
+        *((check_copies, check_sharing) if pooled else ()),
+        *((check_engine, check_machinery) if engine else ()),
+    ):
         try:
             yield from check(device)
         except Exception as error:
@@ -241,7 +244,7 @@ def render(
     checks: list[Check],
     elapsed: float,
 ) -> str:
-    """The page: conditions, failed checks, the engine's figures, the table of ours with its targets beside the peers."""
+    """The page: conditions, failed checks, the engine's figures, then ours with their targets beside the peers."""
     on_gpu = device.type == "cuda"
     lines = [
         f"# Figures on {machine(device)}",
@@ -259,8 +262,9 @@ def render(
         "| engine | measured | target | | |",
         "|---|--:|---|---|---|",
         *(
-            f"| {f.name} | {f.value:.4g} {f.unit} | {f.target} | {('pass' if f.met else 'FAIL') * on_gpu} | {f.detail} |"
+            f"| {f.name} | {f.value:.4g} {f.unit} | {f.target} | {verdict} | {f.detail} |"
             for f in figures
+            for verdict in [("pass" if f.met else "FAIL") * on_gpu]
         ),
         "",
         "| kernel | pass | µs | TB/s | TFLOP/s | of the floor | workspace MB | target | | peers, µs |",
@@ -274,13 +278,13 @@ def render(
         faster = [r.implementation for r in others if r.seconds and row.seconds and r.seconds < row.seconds]
         verdict += f" slower than {', '.join(faster)}" * bool(faster)
         if row.error:
-            figures = [row.error, "", "", "", ""]
+            cells = [row.error, "", "", "", ""]
         else:
             tera = (row.bytes / row.seconds / 1e12, row.flops / row.seconds / 1e12)
-            figures = [f"{row.seconds * 1e6:.1f}", f"{tera[0]:.2f}", f"{tera[1]:.0f}", f"{row.share:.0%}"]
-            figures += [f"{row.workspace_bytes / 1e6:.0f}"]
+            cells = [f"{row.seconds * 1e6:.1f}", f"{tera[0]:.2f}", f"{tera[1]:.0f}", f"{row.share:.0%}"]
+            cells += [f"{row.workspace_bytes / 1e6:.0f}"]
         lines.append(
-            f"| {row.case} | {row.mode} | {' | '.join(figures)} | {target or ''} | {verdict.strip()} | {beside} |"
+            f"| {row.case} | {row.mode} | {' | '.join(cells)} | {target or ''} | {verdict.strip()} | {beside} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -59,7 +59,8 @@ def _fold(top, weight, lse):
     return new, weight * keep + add, keep, add
 
 
-@jit(fp_fusion=False)
+# What changes from step to step is not specialised on: a new kernel would be compiled for it in the middle of a run.
+@jit(fp_fusion=False, do_not_specialize=["max_rows", "stride_table"])
 def _attend(
     q,
     k_cache,
@@ -165,7 +166,7 @@ def _attend(
             tl.store(partial_lse + slot, top, left)
 
 
-@jit(fp_fusion=False)
+@jit(fp_fusion=False, do_not_specialize=["max_rows"])
 def _merge(
     out,
     partial_out,

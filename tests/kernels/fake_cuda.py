@@ -179,7 +179,7 @@ class _Driver:
 
 @contextmanager
 def fake_cuda(architecture: str = "sm_90", compiling: bool = False) -> Iterator[Launches]:
-    """Inside, tensors are fake, those on "cuda" on a GPU of `architecture`; `with` what is yielded, nothing may wait."""
+    """Inside, tensors are fake, those on "cuda" on such a GPU; inside of what is yielded, nothing may wait for it."""
     number = int(architecture.removeprefix("sm_"))
     launches = Launches(architecture if compiling else None)
 

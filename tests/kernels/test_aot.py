@@ -1,5 +1,6 @@
 """Every GPU kernel compiles for sm_90 without a GPU: nothing spilled, shared memory within a block's, wgmma if due."""
 
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 from kernels import aot
 
+tree_attention = importlib.import_module("kernels.tree_attention.triton")
 ROOT = Path(__file__).resolve().parents[2]
 CASES = aot.cases()
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -21,6 +23,12 @@ def test_production_tile(case):
     assert result.shared_bytes <= aot.SHARED_LIMIT
     assert not case.wgmma or result.wgmma > 0, "no tensor-core instruction"
     assert result.instructions > 20
+
+
+@pytest.mark.parametrize("name", tree_attention.KERNELS)
+def test_default_tiles_fit_a_smaller_gpu(name):
+    tile = tree_attention._tile(name, 128, 2, "sm_86")
+    assert aot.compile_case(tree_attention._aot_case(name, 128, tile), 86).shared_bytes <= 99 << 10
 
 
 def test_no_kernel_is_forgotten():

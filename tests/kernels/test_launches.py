@@ -24,7 +24,7 @@ def test_every_case_of_the_suite(case: Case) -> None:
                     case.ours(arguments, "triton")(*arguments)
                     forward = len(launches.kernels)
                     backward(launches)
-            assert 0 < forward and (forward < len(launches.kernels)) == (case.inputs > 0)
+            assert forward > 0 and (forward < len(launches.kernels)) == (case.inputs > 0)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -48,5 +48,5 @@ def test_what_would_wait_for_the_device_is_found() -> None:
     with fake_cuda() as launches:
         x = torch.empty(4, device=DEVICE)
         for waits in (lambda: x.sum().item(), lambda: x.cpu(), lambda: x.nonzero(), lambda: torch.ones(2).to(DEVICE)):
-            with launches, pytest.raises(Exception, match="waits for the device|nonzero|_local_scalar|not linked"):
+            with launches, pytest.raises(Exception, match=r"waits for the device|nonzero|_local_scalar|not linked"):
                 waits()
