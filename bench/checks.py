@@ -94,7 +94,8 @@ def check_sharing(device: torch.device) -> Iterator[Check]:
 
             def attend(rows: slice, share: bool) -> torch.Tensor:
                 one = tables[rows].contiguous(), starts[: len(tables[rows]) + 1], lengths[rows]  # noqa: B023
-                plan = paged_plan(*(x.cpu() for x in one), q.shape[1], k_cache, share, backend="triton")  # noqa: B023
+                blocks, begin, length = (x.cpu() for x in one)
+                plan = paged_plan(blocks, begin, length, q.shape[1], k_cache, share, backend="triton")  # noqa: B023
                 return paged_attention(q[rows], k_cache, v_cache, *one, scale, plan, backend="triton")  # noqa: B023
 
             shared = attend(slice(None), True)
