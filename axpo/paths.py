@@ -16,10 +16,13 @@ def model_directory(path: str) -> Path:
     Raises:
         FileNotFoundError: there is no such directory.
     """
-    directory = ASSETS / path if path in MODELS else Path(path)
+    directory = ASSETS / path if path in MODELS else Path(path).expanduser()
     if not directory.is_dir():
         names = ", ".join(map(repr, MODELS))
-        raise FileNotFoundError(f"model.path = {path!r}: no such directory; give {names} or a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"model.path = {path!r}: no such directory; give {names} or the directory of a Hugging Face checkpoint, "
+            "which `hf download` fetches"
+        )
     return directory
 
 

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.models.config import VisionConfig
 from kernels.image_patches import can_cut, image_patches, rows_first
 
+CONFIGS = ("preprocessor_config.json", "processor_config.json")
 ORDERS = 64  # sizes of images whose order of patches is remembered
 
 
@@ -41,7 +43,13 @@ class ImageProcessor:
         # The PIL backend: the torchvision one is not everywhere, and rounds resized pixels differently.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-        config = Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)
+        self._file = next((path / name for name in CONFIGS if (path / name).is_file()), None)
+        if self._file is None:
+            raise FileNotFoundError(f"{path}: no {CONFIGS[0]}, which images need; fetch it with the weights")
+        try:
+            config = Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self._file}: cannot be read ({error}); fetch it again") from error
         self._smart_resize = smart_resize
         self._do_resize = config.do_resize
         self._min_pixels, self._max_pixels = config.size["shortest_edge"], config.size["longest_edge"]
@@ -56,6 +64,19 @@ class ImageProcessor:
             values = (values - mean) / std
         self._table = torch.from_numpy(np.ascontiguousarray(values).ravel())
         self._orders: dict[tuple[int, int], tuple[npt.NDArray[np.intp], npt.NDArray[np.int16]]] = {}
+
+    def check(self, vision: VisionConfig) -> None:
+        """Raises ValueError where patches would be others than the model's."""
+        for name, ours, theirs, key in (
+            ("patch_size", self._patch, vision.patch_size, "patch_size"),
+            ("merge_size", self._merge, vision.spatial_merge_size, "spatial_merge_size"),
+            ("temporal_patch_size", self._frames, vision.temporal_patch_size, "temporal_patch_size"),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{self._file}: {name} is {ours}, but config.json's vision_config.{key} is {theirs}; take both "
+                    "files of one checkpoint"
+                )
 
     def __call__(self, rgb: Seq[Image.Image]) -> list[ImageInput]:
         """Of decoded RGB images.

@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +19,10 @@ from engine.inputs import Inputs
 from engine.lifecycle import Lifecycle
 from engine.logits import make_shaper
 from engine.memory import KVCache, check_counts, check_kv_size, kv_size
-from engine.models import ModelConfig
+from engine.models import ModelConfig, checkpoint_directory
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.prompts import Prompt, eos_token_ids, parse_prompt
-from engine.resident import LoadFormat, ResidentWeights
+from engine.prompts import Prompt, as_prompts, eos_token_ids, parse_prompt
+from engine.resident import LoadFormat, ResidentWeights, compute_dtype
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams, derive_seed, one_each
 from engine.scheduler import Chunk, Request, Scheduler
@@ -34,8 +34,8 @@ class LLM(Inputs, Lifecycle):
     """A paged-KV engine for a local Hugging Face checkpoint of Qwen3-VL or Qwen3.
 
     Args:
-        path: checkpoint directory.
-        dtype: compute dtype of weights and KV; None takes bf16 on CUDA and fp32 on the CPU.
+        path: checkpoint directory; a hub's name is none.
+        dtype: compute dtype of weights and KV, or its name; None takes bf16 on CUDA and fp32 on the CPU.
         load_format: "auto" reads the weights; "dummy" leaves them unfilled, for a caller that brings them.
         kv_cache_bytes: size of the KV cache, half a gigabyte by default; blocks of `block_size` tokens are cut from it.
         kv_cache_fraction: instead, a part of the device's memory that is free after the weights are loaded.
@@ -55,7 +55,7 @@ class LLM(Inputs, Lifecycle):
         self,
         path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         load_format: LoadFormat = "auto",
         device: str | torch.device | None = None,
         kv_cache_bytes: int | None = None,
@@ -78,10 +78,10 @@ class LLM(Inputs, Lifecycle):
             max_num_seqs=max_num_seqs,
             num_scheduler_steps=num_scheduler_steps,
         )
-        self.path = Path(path)
-        self.config = ModelConfig.from_pretrained(path)
+        self.path = checkpoint_directory(path)
+        self.config = ModelConfig.from_pretrained(self.path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        dtype = compute_dtype(dtype, self.device)
         text = self.config.text
         target = Target(self.device, dtype, text.num_heads, text.num_kv_heads, text.head_dim, block_size)
         self._choice = choose_backend(attention, target)
@@ -159,7 +159,9 @@ class LLM(Inputs, Lifecycle):
         seed = (operator.index(seed) + 2**63) % 2**64 - 2**63  # its low 64 bits, as int64
         room, more = self.config.text.max_position_embeddings, params.max_tokens if max_tokens is None else max_tokens
         limit = room if more is None else min(len(sequence) + more, room)
-        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        if params.detokenize and limit > len(sequence):
+            _ = self.processor.tokenizer  # what it lacks is said now, not when the tokens are there
+        stop = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         shaper = make_shaper(params, len(sequence), stop, self.config, lambda text: self.processor.encode_text(text))
         self.scheduler.add(Request(sequence, params, seed, len(sequence), limit, stop, shaper, index))
 
@@ -309,20 +311,19 @@ class LLM(Inputs, Lifecycle):
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """`n` continuations of every prompt, in order. A prompt is prefilled once and its continuations are forks."""
-        if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        prompts = as_prompts(prompts)
         params = one_each(sampling_params, len(prompts))
         roots: list[Sequence] = []
         branches: list[Sequence] = []
         try:
             for prompt in prompts:
-                roots.append(self.open(prompt))  # type: ignore[arg-type]
+                roots.append(self.open(prompt))
             self.prefill([root for root, p in zip(roots, params, strict=True) if p.n > 1])
             for root, p in zip(roots, params, strict=True):
                 base = derive_seed(self._seed, next(self._requests)) if p.seed is None else p.seed
-                for index, branch in enumerate(root.fork(p.n)):
-                    branches.append(branch)
-                    self.submit(branch, p, index, seed=base if p.n == 1 else derive_seed(base, index))
+                for index in range(p.n):
+                    branches += root.fork()  # one by one, so that all are known here if something interrupts
+                    self.submit(branches[-1], p, index, seed=base if p.n == 1 else derive_seed(base, index))
                 if p.n == 1:
                     root.drop_kv()
             outputs = {id(sequence): output for sequence, output in self._drain(use_tqdm, len(branches))}
@@ -334,7 +335,7 @@ class LLM(Inputs, Lifecycle):
         return [
             RequestOutput(
                 str(index),
-                prompt if isinstance(prompt, str) else None,
+                prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, dict) else None,
                 list(root.token_ids),
                 [outputs[id(branch)] for branch in mine],
                 num_cached_tokens=max(sequence.num_cached for sequence in (root, *mine)),
@@ -348,16 +349,25 @@ class LLM(Inputs, Lifecycle):
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         use_tqdm: bool = True,
         tools: list[dict[str, Any]] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Renders conversations with the checkpoint's template; an image is {"type": "image", "image": PIL or path}."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            parts = [p for m in conversation if isinstance(m["content"], list) for p in m["content"]]  # type: ignore[index]
-            images = [part["image"] for part in parts if part.get("type") == "image"]
-            text = self.processor.render(conversation, tools)  # type: ignore[arg-type]
-            prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        """Renders conversations with the checkpoint's template, or with `chat_template`, and generates.
+
+        A message's content is text, or a list of {"type": "text", "text": …}, {"type": "image", "image": …} and
+        {"type": "image_url", "image_url": {"url": …}}, where an image is a PIL image, a path, or a file: or data: URL.
+        chat_template_kwargs: what the template takes besides, such as enable_thinking.
+
+        Raises:
+            ValueError: a part of another type, no template, or what `open` raises.
+        """
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        options = {"chat_template": chat_template, "continue_final_message": continue_final_message}
+        options |= {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        return self.generate([self.chat_prompt(c, tools, options) for c in conversations], sampling_params, use_tqdm)
 
     # -- shared by the above and by Sequence --------------------------------------------
 

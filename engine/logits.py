@@ -71,13 +71,13 @@ def make_shaper(
     """
     vocabulary = config.text.vocab_size
     for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        bad = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        bad = next((token for token in tokens or () if not 0 <= token < vocabulary), None)
         if bad is not None:
             raise ValueError(f"SamplingParams.{name} has token {bad}, outside the vocabulary of {vocabulary}")
     if not params.shapes_logits:
         return None
     # A word is written with and without the space before it.
-    words = [encode(text) for word in params.bad_words for text in (word, f" {word}")]
+    words = [encode(text) for word in params.bad_words or () for text in (word, f" {word}")]
     never = {word[0] for word in words if len(word) == 1} | set(config.banned_token_ids)
     if len(never | stop_ids if params.min_tokens else never) == vocabulary:
         raise ValueError(

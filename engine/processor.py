@@ -14,22 +14,45 @@ from engine.models.config import ModelConfig
 from engine.positions import ImageSpan, place_image, positions
 from engine.prompts import open_image
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+"""Files of which a tokenizer is made, any one of them."""
+
 
 class Processor:
     """Everything that turns users' input into model input, for one checkpoint."""
 
     def __init__(self, path: str | Path, config: ModelConfig):
+        self.path = Path(path).expanduser()
+        self.config = config
+        self.image_token_id = config.image_token_id
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer.
+
+        Raises:
+            FileNotFoundError, ValueError: the checkpoint has none, or it cannot be read.
+        """
         # Imported here: transformers takes seconds, and an engine fed with token ids never needs it.
         from transformers import AutoTokenizer
 
-        self.path = Path(path)
-        self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        self.image_token_id = config.image_token_id
-        # The Rust tokenizer itself: what transformers wraps around it costs ten times as much as short texts do.
-        self._rust = self.tokenizer.backend_tokenizer
-        self._rust.no_padding()
-        self._rust.no_truncation()
+        if not any((self.path / name).is_file() for name in TOKENIZERS):  # transformers would make an empty one
+            raise FileNotFoundError(
+                f"{self.path}: no {TOKENIZERS[0]}, which text needs; fetch it with the weights, or give token ids and "
+                "SamplingParams(detokenize=False)"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path / TOKENIZERS[0]}: cannot be read ({error}); fetch it again") from error
+
+    @cached_property
+    def _rust(self) -> Any:
+        """The Rust tokenizer itself: what transformers wraps around it costs ten times as much as short texts do."""
+        rust = self.tokenizer.backend_tokenizer
+        rust.no_padding()
+        rust.no_truncation()
+        return rust
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Processor":
@@ -42,10 +65,11 @@ class Processor:
     def images(self, images: Seq[Image.Image | ImageInput | str | Path]) -> list[ImageInput]:
         """Resizes, normalises and cuts images into patches exactly as transformers does; many at once are quicker.
 
-        A path is read, and what is an ImageInput already stays.
+        What is no PIL image is opened by `open_image`, and what is an ImageInput already stays.
 
         Raises:
-            ValueError: a file cannot be decoded, or an image has an impossible size.
+            FileNotFoundError, ValueError: a file cannot be decoded, an image has an impossible size, or the checkpoint
+                has no usable preprocessor_config.json.
             TypeError: something that is no image.
         """
         raw = [_rgb(open_image(image)) for image in images if not isinstance(image, ImageInput)]
@@ -56,7 +80,10 @@ class Processor:
 
     @cached_property
     def _image_processor(self) -> ImageProcessor:
-        return ImageProcessor(self.path)
+        made = ImageProcessor(self.path)
+        assert self.config.vision is not None
+        made.check(self.config.vision)
+        return made
 
     def encode(self, text: str, images: Seq[ImageInput] = ()) -> list[int]:
         """Token ids, each image's `<|image_pad|>` expanded to as many as it has tokens; no special tokens are added."""
@@ -111,9 +138,19 @@ class Processor:
         """Rotary positions of a whole sequence: [3, len(token_ids)] int64."""
         return positions(self.spans(token_ids, images) if images else [], 0, len(token_ids))
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """The checkpoint's chat template, ending in its generation prompt."""
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any) -> str:
+        """The checkpoint's chat template, ending in its generation prompt; options: of transformers' own method.
+
+        Raises:
+            ValueError: the checkpoint has no template.
+        """
+        if not (self.tokenizer.chat_template or options.get("chat_template")):
+            raise ValueError(
+                f"{self.path}: no chat template, neither chat_template.jinja nor one in tokenizer_config.json; fetch "
+                "it with the weights, give chat_template=, or write the prompt out for generate()"
+            )
+        options = {"add_generation_prompt": True, **options}
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
     def decode(self, token_ids: Seq[int], skip_special_tokens: bool = False) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

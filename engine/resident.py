@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,19 @@ from engine.weights import copy_weights, load_weights
 LoadFormat = Literal["auto", "dummy"]
 """auto reads the weights; dummy leaves them unfilled, for a caller that brings them."""
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def compute_dtype(given: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A dtype or its name; None is bf16 on CUDA and fp32 on the CPU. Raises ValueError for what does not compute."""
+    if given is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    dtype = names.get(given) if isinstance(given, str) else given
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={given!r}: give one of {', '.join(names)}, or None for the device's own")
+    return dtype
+
 
 class ResidentWeights:
     """A model whose parameters lie in one arena; what a fused projection multiplies lies in one piece.
@@ -24,6 +37,8 @@ class ResidentWeights:
     def __init__(
         self, config: ModelConfig, path: Path, dtype: torch.dtype, device: torch.device, load_format: LoadFormat
     ):
+        if load_format not in get_args(LoadFormat):
+            raise ValueError(f"load_format={load_format!r}: give one of {', '.join(get_args(LoadFormat))}")
         with torch.device("meta"):  # no memory before the parameters' own
             self.model = Qwen3VL(config).to(dtype).requires_grad_(False).eval()
         self.path = path

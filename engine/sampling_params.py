@@ -4,12 +4,19 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+WHOLE = ("n", "top_k", "max_tokens", "min_tokens", "logprobs")
+OPTIONAL = ("max_tokens", "logprobs")
+REAL = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """vLLM's names and meanings. `seed` keys the noise of a branch: one seed draws one noise at one position.
 
+    Frozen: `dataclasses.replace` makes another. None is nothing for stop, stop_token_ids, bad_words and logit_bias.
     n: continuations of a prompt. temperature: 0 is greedy. top_k: 0 and -1 are off. min_p: relative to the most
     probable token. seed: its low 64 bits count.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that this run sampled, once or each time;
@@ -17,8 +24,8 @@ class SamplingParams:
     logit_bias: token id -> added to its logit. bad_words: never completed.
     stop: strings that end the run; the text ends before them unless include_stop_str_in_output. stop_token_ids: tokens
     that end it, beside the checkpoint's end-of-sequence tokens unless ignore_eos. min_tokens: nothing ends it earlier.
-    logprobs: also the most probable `logprobs` tokens of every step. processed_logprobs: also log-probs under the
-    distribution that was really sampled from, after penalties, bias, top-k, top-p and min-p.
+    logprobs: also the most probable `logprobs` tokens of every step; 0 is none of them. processed_logprobs: also
+    log-probs under the distribution that was really sampled from, after penalties, bias, top-k, top-p and min-p.
     detokenize: False leaves `text` empty.
     """
 
@@ -30,13 +37,13 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: str | Sequence[str] = ()
+    logit_bias: Mapping[int, float] | None = field(default_factory=dict)
+    bad_words: str | Sequence[str] | None = ()
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     include_stop_str_in_output: bool = False
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -45,11 +52,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the class is frozen
-        set_("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        set_("stop_token_ids", tuple(self.stop_token_ids))
-        set_("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words))
+        for name in WHOLE:
+            value: Any = getattr(self, name)
+            optional = name in OPTIONAL
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                wanted = f"a whole number{', or None' if optional else ''}"
+                raise ValueError(f"SamplingParams.{name} is {value!r}; it must be {wanted}")
+            set_(name, index(value))
+        if hasattr(self.seed, "__index__"):
+            set_("seed", index(self.seed))  # type: ignore[arg-type]
+        for name in REAL:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__float__"):
+                raise ValueError(f"SamplingParams.{name} is {value!r}; it must be a number")
+            set_(name, float(value))
+        for name in ("stop", "bad_words", "stop_token_ids"):
+            value = getattr(self, name)
+            set_(name, () if value is None else (value,) if isinstance(value, str | int) else tuple(value))
         set_("top_k", 0 if self.top_k == -1 else self.top_k)
-        set_("logit_bias", dict(self.logit_bias))
+        set_("logit_bias", {int(token): float(more) for token, more in (self.logit_bias or {}).items()})
+        bias, stop, bad_words = self.logit_bias or {}, self.stop or (), self.bad_words or ()
         # Far outside what is of use, and so that no product or quotient of them and a logit overflows fp32.
         large, within = 1e10, "within ±1e10"
         checks = (
@@ -61,13 +85,14 @@ class SamplingParams:
             ("presence_penalty", abs(self.presence_penalty) <= large, within),
             ("frequency_penalty", abs(self.frequency_penalty) <= large, within),
             ("repetition_penalty", 1e-8 <= self.repetition_penalty <= large, "in 1e-8 … 1e10"),
-            ("logit_bias", all(abs(bias) <= large for bias in self.logit_bias.values()), f"a map to numbers {within}"),
-            ("bad_words", all(self.bad_words), "words that are not empty"),
+            ("logit_bias", all(abs(more) <= large for more in bias.values()), f"a map to numbers {within}"),
+            ("bad_words", all(isinstance(word, str) and word for word in bad_words), "words that are not empty"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
             ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "in 0 … max_tokens"),
-            ("stop", all(self.stop), "strings that are not empty"),
-            ("stop", not self.stop or self.detokenize, "empty where detokenize is False: it is found in the text"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 1, "at least 1, or None"),
+            ("stop", all(isinstance(text, str) and text for text in stop), "strings that are not empty"),
+            ("stop", not stop or self.detokenize, "empty where detokenize is False: it is found in the text"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more, or None"),
+            ("stop_token_ids", all(hasattr(token, "__index__") for token in self.stop_token_ids or ()), "token ids"),
         )
         for name, valid, wanted in checks:
             if not valid:
@@ -98,6 +123,10 @@ def one_each(given: SamplingParams | Sequence[SamplingParams] | None, count: int
     """Of `count` prompts or sequences: one for all (None: the default) or a list of as many, else ValueError."""
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * count
+    if not isinstance(given, Sequence) or not all(isinstance(one, SamplingParams) for one in given):
+        raise ValueError(
+            f"sampling params are {type(given).__name__}; give SamplingParams, one for all or one for each"
+        )
     if len(given) != count:
         raise ValueError(f"{len(given)} sampling params for {count} prompts; give one for all or one for each")
     return list(given)

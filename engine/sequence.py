@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
@@ -62,6 +62,9 @@ class Sequence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a sequence cannot be copied or pickled; fork it, or open its token_ids elsewhere")
 
     @property
     def running(self) -> bool:
@@ -143,8 +146,8 @@ class Sequence:
     def release_blocks(self) -> None:
         """`drop_kv` for the scheduler, which knows what runs."""
         self._llm.scheduler.unpark(self)
-        self._llm.pool.release(self.block_table)
-        self.block_table = []
+        blocks, self.block_table = self.block_table, []  # first: an interrupt may lose blocks, never free them twice
+        self._llm.pool.release(blocks)
         self.num_computed = 0
         self.last_hidden = None
 

@@ -46,15 +46,16 @@ def met_stop_string(decode: Decode, token_ids: list[int], start: int, params: Sa
     sampled = len(token_ids) - start
     if sampled <= params.min_tokens:
         return None
-    longest = max(map(len, params.stop))
+    stops = params.stop or ()
+    longest = max(map(len, stops))
     window = min(longest + 4, sampled)
     # Special tokens have no text, and the first characters of a window may be halves.
     while len(text := decode(token_ids[-window:], True)) < longest + 4 and window < sampled:
         window = min(2 * window, sampled)
-    if not any(stop in text for stop in params.stop):
+    if not any(stop in text for stop in stops):
         return None
     before = decode(token_ids[len(token_ids) - window : -1], True)
-    return next((stop for stop in params.stop if find_new(stop, text, before) >= 0), None)
+    return next((stop for stop in stops if find_new(stop, text, before) >= 0), None)
 
 
 def text_of(decode: Decode, token_ids: list[int], params: SamplingParams, stopped_by: int | str | None) -> str:

@@ -11,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.models import ModelConfig, Qwen3VL
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+STORED = ("F64", "F32", "F16", "BF16")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
@@ -33,24 +36,48 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
-    """Compares names and shapes with a checkpoint directory, reading headers only. Raises as `load_weights`."""
+    """Compares names, shapes and dtypes with a checkpoint directory, reading headers (and a head that should be tied).
+
+    Raises as `load_weights`.
+    """
     missing = set(parameters)
     unexpected = []
     for name, stored in stored_tensors(path):
-        found = list(stored.get_shape())
+        found, dtype = list(stored.get_shape()), stored.get_dtype()
         del stored  # and with it its mapping, before the next one
         if name not in parameters:
-            unexpected.append(name)
+            if not name.endswith("rotary_emb.inv_freq"):  # older exports have it; config.json says it
+                unexpected.append(name)
             continue
         wanted = list(parameters[name].shape)
         if found != wanted:
             raise ValueError(f"{path}: {name} has shape {found}, the config asks for {wanted}")
+        if dtype not in STORED:
+            raise ValueError(
+                f"{path}: {name} is stored as {dtype}; the engine reads {', '.join(STORED)}: take a checkpoint that is "
+                "not quantized"
+            )
         missing.discard(name)
-    unexpected = [name for name in unexpected if name != HEAD]  # of a tied model: it is the embedding
+    if HEAD not in parameters and HEAD in unexpected:
+        unexpected.remove(HEAD)
+        _check_tied(path)
     if missing or unexpected:
+        advice = ""
+        if missing == {HEAD}:
+            advice = "; if the head is the embedding, config.json must say tie_word_embeddings = true"
         raise ValueError(
-            f"{path}: weights do not fit the config: {len(missing)} missing {_some(missing)}, "
-            f"{len(unexpected)} unexpected {_some(unexpected)}"
+            f"{path}: weights do not fit the config: {len(missing)} missing{_some(missing)}, "
+            f"{len(unexpected)} unexpected{_some(unexpected)}{advice}"
+        )
+
+
+def _check_tied(path: str | Path) -> None:
+    """A stored head must be the embedding where config.json says so: nobody can know which of two is meant."""
+    files = {canonical_name(name): (file, name) for file, name in _names(path)}
+    if EMBEDDING in files and not torch.equal(_read(*files[HEAD]), _read(*files[EMBEDDING])):
+        raise ValueError(
+            f"{path}: {HEAD} is stored and is not the embedding, but config.json says tie_word_embeddings = true; say "
+            "false to use the stored head, or remove it from the weights"
         )
 
 
@@ -58,16 +85,21 @@ def check_names(parameters: Mapping[str, Tensor], path: str | Path) -> None:
 def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> set[str]:
     """Copies tensors by Hugging Face's names into `model`, in place; returns the names of its parameters that it wrote.
 
-    A tied model has no head of its own, and the one of a state dict is passed over: it is the embedding.
+    A head that is tied may be among them, as in transformers' state dicts: then it must be the embedding.
 
     Raises:
-        ValueError: a name or a shape that the model does not have.
+        ValueError: a name or a shape that the model does not have, or no floating-point values.
     """
     parameters = dict(model.named_parameters())
     pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
     written = set()
+    head: Tensor | None = None
     for name, tensor in pairs:
-        if name == HEAD not in parameters and tensor.shape == parameters[EMBEDDING].shape:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.is_floating_point():
+            kind = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"weights: {name} is {kind}; give torch tensors of floating-point values")
+        if name == HEAD and HEAD not in parameters:
+            head = tensor
             continue
         parameter = parameters.get(canonical_name(name))
         if parameter is None or parameter.shape != tensor.shape:
@@ -75,6 +107,8 @@ def copy_weights(model: nn.Module, tensors: Mapping[str, Tensor] | Iterable[tupl
             raise ValueError(f"weights: {name}, of shape {list(tensor.shape)}, {found}")
         parameter.copy_(tensor)
         written.add(canonical_name(name))
+    if head is not None and not torch.equal(head.to(parameters[EMBEDDING]), parameters[EMBEDDING]):
+        raise ValueError(f"weights: {HEAD} is not the embedding, to which config.json ties it; leave it out")
     return written
 
 
@@ -112,14 +146,14 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_weights(path: str | Path) -> None:
-    """Opens every shard, reading headers only: what is missing or truncated is said before anything is loaded.
+    """Compares every shard with config.json, reading headers only: what is wrong is said before anything is loaded.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_weights`.
+        FileNotFoundError, ValueError: as `load_weights` and `ModelConfig.from_pretrained`.
     """
-    for file in shards(path):
-        with _open(file):
-            pass
+    with torch.device("meta"):
+        model = Qwen3VL(ModelConfig.from_pretrained(path))
+    check_names(dict(model.named_parameters()), path)
 
 
 def _open(file: Path) -> Any:
@@ -135,16 +169,18 @@ def shards(path: str | Path) -> list[Path]:
     index = path / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error!r}); fetch it again") from error
         files = [path / name for name in names]
     else:
         files = [path / SINGLE]
     for file in files:
         if not file.is_file():
             wanted = f"named in {INDEX} but missing" if index.is_file() else "missing"
-            raise FileNotFoundError(f"{file}: {wanted}; the checkpoint directory is incomplete")
+            other = next(iter(sorted(path.glob("*.bin"))), None)
+            advice = f"; {other.name} is another format: save it as safetensors by transformers" if other else ""
+            raise FileNotFoundError(f"{file}: {wanted}; the checkpoint directory is incomplete{advice}")
     return files
 
 
@@ -180,4 +216,4 @@ def save_pretrained(state_dict: Mapping[str, Tensor], source: str | Path, out: s
 
 def _some(names: list[str] | set[str]) -> str:
     head = ", ".join(sorted(names)[:3])
-    return f"({head}{', …' if len(names) > 3 else ''})" if names else ""
+    return f" ({head}{', …' if len(names) > 3 else ''})" if names else ""

@@ -1,6 +1,6 @@
 """The models that the engine serves and the trainer trains: one definition, two attentions."""
 
-from engine.models.config import ModelConfig, TextConfig, VisionConfig
+from engine.models.config import ModelConfig, TextConfig, VisionConfig, checkpoint_directory
 from engine.models.fused import adjacent_parameters, fuse_projections, to_empty
 from engine.models.packed import PackedModel
 from engine.models.packed_vision import PackedVision
@@ -18,6 +18,7 @@ __all__ = [
     "VisionFeatures",
     "VisionInput",
     "adjacent_parameters",
+    "checkpoint_directory",
     "fuse_projections",
     "to_empty",
 ]

@@ -48,7 +48,9 @@ class PackedVision:
             assert isinstance(block, VisionBlock)
             weights += [*_norm(block.norm1), *_linear(block.attn.qkv), *_linear(block.attn.proj)]
             weights += [*_norm(block.norm2), *_linear(block.mlp.linear_fc1), *_linear(block.mlp.linear_fc2)]
-        for merger in (tower.merger, *tower.deepstack_merger_list):
+        levels = tower.config.deepstack_visual_indexes
+        in_order = [tower.deepstack_merger_list[levels.index(level)] for level in sorted(levels)]
+        for merger in (tower.merger, *in_order):
             assert isinstance(merger, PatchMerger)
             weights += [*_norm(merger.norm), *_linear(merger.linear_fc1), *_linear(merger.linear_fc2)]
         self._weights = weights
@@ -63,7 +65,7 @@ class PackedVision:
             torch.tensor([height * width for height, width in frames]),
             [table for frame in frames for table in self._table(frame)],
             self._pack(),
-            list(config.deepstack_visual_indexes),
+            sorted(config.deepstack_visual_indexes),
             config.depth,
             config.num_heads,
             config.spatial_merge_size**2,

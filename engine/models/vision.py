@@ -68,11 +68,11 @@ class VisionTower(nn.Module):
         positions, cos, sin = (torch.cat([tables[frame][i] for frame in frames]) for i in range(3))
         x = self.patch_embed(pixel_values)
         x = x + positions.to(x.dtype)
-        deepstack = []
+        deepstack, levels = [], self.config.deepstack_visual_indexes
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, segments)
-            if index in self.config.deepstack_visual_indexes:
-                deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
+            if index in levels:
+                deepstack.append(self.deepstack_merger_list[levels.index(index)](x))
         return VisionFeatures(self.merger(x), tuple(deepstack))
 
     def tables(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,6 +68,30 @@ def test_an_existing_run_directory_is_left_alone(tmp_path: Path) -> None:
     assert kept.read_text() == '{"step": 1}\n' and [*kept.parent.iterdir()] == [kept]
 
 
+def test_weights_of_another_config_are_named_before_a_run_begins(checkpoint: Path) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    raw["text_config"]["hidden_size"] = raw["vision_config"]["out_hidden_size"] = 80
+    (checkpoint / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight has shape \[\d+, 128\], the config asks for \[\d+, 80\]"
+    ):
+        check_inputs(config(model__path=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("tokenizer.json", "no tokenizer.json, which text needs; fetch it"),
+        ("chat_template.jinja", "no chat template, neither chat_template.jinja"),
+        ("preprocessor_config.json", "no preprocessor_config.json, which images need"),
+    ],
+)
+def test_a_missing_file_is_named_before_a_run_begins(checkpoint: Path, file: str, said: str) -> None:
+    (checkpoint / file).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        check_inputs(config(model__path=checkpoint))
+
+
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: missing"):

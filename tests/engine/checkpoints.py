@@ -2,15 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 IMAGE, VIDEO, VISION_START, VISION_END = 5, 6, 3, 4  # ids inside the small vocabularies below
 
+Settings = dict[str, Any]
 
-def write_vl_checkpoint(path: Path, tie: bool, seed: int) -> Path:
-    """A random Qwen3-VL of three layers with two DeepStack levels, patches of 4 pixels merged 2×2."""
+
+def write_vl_checkpoint(
+    path: Path, tie: bool, seed: int, text: Settings | None = None, vision: Settings | None = None
+) -> Path:
+    """A random Qwen3-VL of three layers with two DeepStack levels, patches of 4 pixels merged 2×2.
+
+    text, vision: settings of the two configs that are to be others.
+    """
     torch.manual_seed(seed)
     config = Qwen3VLConfig(
         text_config={
@@ -28,6 +36,7 @@ def write_vl_checkpoint(path: Path, tie: bool, seed: int) -> Path:
                 "mrope_section": [4, 2, 2],
                 "mrope_interleaved": True,
             },
+            **(text or {}),
         },
         vision_config={
             "depth": 3,
@@ -40,6 +49,7 @@ def write_vl_checkpoint(path: Path, tie: bool, seed: int) -> Path:
             "out_hidden_size": 48,
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": [0, 2],
+            **(vision or {}),
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -54,9 +64,9 @@ def write_vl_checkpoint(path: Path, tie: bool, seed: int) -> Path:
         json.dumps(
             {
                 "image_processor_type": "Qwen2VLImageProcessorFast",
-                "patch_size": 4,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
+                "patch_size": config.vision_config.patch_size,
+                "temporal_patch_size": config.vision_config.temporal_patch_size,
+                "merge_size": config.vision_config.spatial_merge_size,
                 "size": {"shortest_edge": 64, "longest_edge": 4096},
                 "image_mean": [0.5, 0.5, 0.5],
                 "image_std": [0.5, 0.5, 0.5],
@@ -67,19 +77,21 @@ def write_vl_checkpoint(path: Path, tie: bool, seed: int) -> Path:
     return path
 
 
-def write_text_checkpoint(path: Path, tie: bool, seed: int) -> Path:
+def write_text_checkpoint(path: Path, tie: bool, seed: int, text: Settings | None = None) -> Path:
+    """A random Qwen3 of three layers; `text`: settings that are to be others."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=320,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=tie,
-    )
+    settings: Settings = {
+        "vocab_size": 320,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tie,
+    }
+    config = Qwen3Config(**settings | (text or {}))
     model = Qwen3ForCausalLM(config)
     _spread(model)
     model.save_pretrained(path)

@@ -1,6 +1,8 @@
 """What callers do wrong: each a clear error, after which the pool holds what it held and everything goes on."""
 
+import copy
 import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +193,78 @@ def test_what_does_not_fit_the_model(llm: LLM, picture: ImageInput) -> None:
         refused(llm, lambda: sequence.extend(scattered, [picture]), ValueError, "do not stand side by side")
         sequence.extend([10] * (context - 1))
         refused(llm, lambda: llm.run([sequence], PARAMS), OutOfBlocks, "does not fit the KV cache of 16 blocks")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "prompts are NoneType; give text, token ids, a dict, or a list of such"),
+        (5, "prompts are int"),
+        (b"abc", "prompts are bytes"),
+        ([None], "token ids must be whole numbers"),
+        ([[]], "the prompt is empty"),
+        ("", "the prompt is empty"),
+        ([["a"]], "token ids must be whole numbers .* text goes in as a string"),
+        ([[1.5]], "token ids must be whole numbers"),
+        ([[10**30]], "token id 1000000000000000000000000000000 is outside the vocabulary"),
+        ({"prompt_token_ids": "abc"}, "token ids must be whole numbers"),
+        ({}, "exactly one of 'prompt' and 'prompt_token_ids'"),
+        ({"prompt": "a", "prompt_token_ids": [8]}, "exactly one of"),
+        ({"prompt": [8, 9]}, "'prompt' is list; it must be text"),
+        ({"prompt": "a", "images": []}, "has 'images'; images are 'multi_modal_data'"),
+        ({"prompt": "a", "multi_modal_data": {"video": []}}, "has 'video'; images are"),
+    ],
+)
+def test_what_is_no_prompt(llm: LLM, prompt: object, message: str) -> None:
+    error = TypeError if message.startswith("token ids must be") else ValueError
+    refused(llm, lambda: llm.generate(["fine", prompt] if isinstance(prompt, dict) else prompt), error, message)
+
+
+def test_what_is_no_sampling_params(llm: LLM) -> None:
+    for params in ({"n": 1}, ["x"], [PARAMS, None]):
+        refused(llm, lambda p=params: llm.generate(["a"], p), ValueError, "sampling params are")
+    refused(llm, lambda: llm.generate(["a"], [PARAMS, PARAMS]), ValueError, "2 sampling params for 1 prompts")
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("hello", r"messages\[0\] must be a dict with a 'role'"),
+        ({"content": "x"}, r"messages\[0\] must be a dict with a 'role'"),
+        ({"role": "user", "content": ["hi"]}, r"messages\[0\] has a part of type 'str'"),
+        ({"role": "user", "content": [{"type": "video", "video": 1}]}, "a part of type 'video'; give .* image_url"),
+        ({"role": "user", "content": [{"type": "text"}]}, "a part of type 'text'; give"),
+        ({"role": "user", "content": [{"type": "image"}]}, "a part of type 'image' without its 'image'"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "type 'image_url' without its"),
+    ],
+)
+def test_what_is_no_message(llm: LLM, message: object, error: str) -> None:
+    refused(llm, lambda: llm.chat([[message]], chat_template="{{ messages }}"), ValueError, error)  # type: ignore
+
+
+def test_copies(llm: LLM) -> None:
+    with llm.open([10, 11]) as sequence:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            refused(llm, lambda c=copied: c(llm), TypeError, "make another by LLM")
+            refused(llm, lambda c=copied: c(sequence), TypeError, "cannot be copied or pickled; fork it")
+
+
+def test_an_interrupt_leaves_nothing_running(llm: LLM) -> None:
+    """Wherever it comes, between two steps or while forks are made: what was opened is closed again."""
+    params = SamplingParams(n=3, max_tokens=6, ignore_eos=True)
+    for name, after in (("step", 2), ("submit", 4), ("next_ordinal", 5)):
+        real, calls = getattr(llm, name), itertools.count()
+
+        def interrupted(*args: object, real=real, calls=calls, after=after, **kwargs: object):
+            if next(calls) == after:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        setattr(llm, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[10, 11], [20, 21]], params, use_tqdm=False)
+        delattr(llm, name)
+        assert not llm.sequences and not llm.scheduler.has_work and llm.stats()["blocks_used"] == 0, name
 
 
 def test_a_sequence_that_outgrows_the_pool_ends_alone(llm: LLM) -> None:

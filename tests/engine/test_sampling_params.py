@@ -1,10 +1,14 @@
 """Sampling parameters against plain recomputations, streaming, and refused values."""
 
+import copy
+import dataclasses
 import math
+import pickle
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,7 +156,7 @@ def test_stream_yields_what_run_returns(llm: LLM, prompt: list[int]) -> None:
         ({"min_tokens": 17}, "min_tokens is 17"),
         ({"stop": [""]}, "stop is"),
         ({"stop": "x", "detokenize": False}, "detokenize is False"),
-        ({"logprobs": 0}, "logprobs is 0"),
+        ({"logprobs": -1}, "logprobs is -1"),
         ({"bad_words": [""]}, "bad_words is"),
         ({"temperature": 1e-38}, "temperature is 1e-38"),  # a quotient by it is infinite in fp32
         ({"temperature": float("inf")}, "temperature is inf"),
@@ -161,11 +165,80 @@ def test_stream_yields_what_run_returns(llm: LLM, prompt: list[int]) -> None:
         ({"logit_bias": {20: 1e39}}, "logit_bias is {20: 1e"),
         ({"top_k": -2}, "top_k is -2"),
         ({"top_k": 2**63}, "top_k is 9223372036854775808"),
+        ({"n": 0}, "n is 0; it must be at least 1"),
+        ({"n": True}, "n is True; it must be a whole number"),
+        ({"n": 1.0}, "n is 1.0; it must be a whole number"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number, or None"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"stop": [1]}, "stop is"),
+        ({"stop": b"x"}, "stop is"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids is"),
     ],
 )
 def test_bad_values_are_named(params: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**params)
+
+
+def test_none_and_off_are_vllms() -> None:
+    none = SamplingParams(stop=None, stop_token_ids=None, bad_words=None, logit_bias=None, top_k=-1)
+    assert none == SamplingParams() and not none.shapes_logits
+    assert SamplingParams(n=np.int64(2), seed=np.uint64(5), temperature=np.float32(0.5)) == SamplingParams(
+        n=2, seed=5, temperature=0.5
+    )
+    assert SamplingParams(logit_bias={"7": 1}).logit_bias == {7: 1.0}  # as JSON has it
+    assert SamplingParams(stop="ab", bad_words="cd", stop_token_ids=7).stop == ("ab",)
+    assert SamplingParams(bad_words="cd", stop_token_ids=7) == SamplingParams(bad_words=["cd"], stop_token_ids=[7])
+
+
+def test_params_are_frozen_and_travel() -> None:
+    params = SamplingParams(stop="a", seed=3, logit_bias={1: 2.0})
+    for other in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), dataclasses.replace(params, n=1)):
+        assert other == params
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.n = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", [-5, -(1 << 63), (1 << 63) - 1])
+def test_a_seed_is_64_bits_signed_or_not(llm: LLM, prompt: list[int], seed: int) -> None:
+    drawn = complete(llm, prompt, seed=seed).token_ids
+    assert drawn == complete(llm, prompt, seed=seed % (1 << 64)).token_ids
+    assert drawn != complete(llm, prompt, seed=seed ^ 1 << 40).token_ids
+
+
+def test_a_stop_string_whose_character_is_two_tokens(llm: LLM, prompt: list[int]) -> None:
+    """It ends the run at its last byte, also where the same bytes are said in another order before."""
+    first, second = llm.processor.encode_text("é")
+    bias = {first: 1000.0, second: 950.0}  # the penalty makes them alternate
+    free = complete(llm, prompt, temperature=0, logit_bias=bias, frequency_penalty=100.0, max_tokens=6)
+    assert free.token_ids == [first, second] * 3 and free.text == "ééé"
+    for stop, tokens, text in (("é", 2, ""), ("éé", 4, ""), (["x", "éé"], 4, ""), ("ééé", 6, "")):
+        output = complete(llm, prompt, temperature=0, logit_bias=bias, frequency_penalty=100.0, max_tokens=6, stop=stop)
+        assert (len(output.token_ids), output.text, output.finish_reason) == (tokens, text, "stop")
+    assert "\N{REPLACEMENT CHARACTER}" in complete(llm, prompt, temperature=0, logit_bias={first: 1e3}, stop="é").text
+
+
+def test_what_ends_with_the_last_token(llm: LLM, prompt: list[int]) -> None:
+    bias = {"logit_bias": {77: 1e4}, "max_tokens": 3}
+    word = llm.processor.decode([77])
+    assert complete(llm, prompt, **bias, stop=[word * 3, word * 3]).finish_reason == "stop"  # and said twice
+    ended = complete(llm, prompt, **bias, stop_token_ids=[77], min_tokens=2)
+    assert (len(ended.token_ids), ended.finish_reason, ended.stop_reason) == (3, "stop", 77)
+    assert complete(llm, prompt, **bias, stop=word * 4).finish_reason == "length"
+
+
+def test_lengths_beyond_the_context(llm: LLM, prompt: list[int]) -> None:
+    room = llm.config.text.max_position_embeddings - len(prompt)
+    for params in ({"max_tokens": 10**30}, {"max_tokens": None}, {"max_tokens": None, "min_tokens": 10**9}):
+        output = complete(llm, prompt, **params)
+        assert (len(output.token_ids), output.finish_reason) == (room, "length")
+
+
+def test_no_top_logprobs_are_the_sampled_ones_alone(llm: LLM, prompt: list[int]) -> None:
+    output = complete(llm, prompt, logprobs=0, seed=1)
+    assert output.top_logprobs is None and len(output.logprobs) == len(output.token_ids)
+    assert output.cumulative_logprob == sum(output.logprobs)
 
 
 @pytest.mark.parametrize(
