@@ -131,11 +131,9 @@ def open_image(image: Image.Image | str | Path) -> Image.Image:
             content = read_image(unquote(urlsplit(str(image)).path))
         else:
             content = read_image(Path(image).expanduser())
-        opened = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+        return ImageOps.exif_transpose(Image.open(BytesIO(content)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image '{name}' cannot be read ({error})") from error
-    opened.filename = name  # for messages
-    return opened
 
 
 def read_image(path: str | Path) -> bytes:
