@@ -50,7 +50,7 @@ mini: $(INSTALLED) ## rebuild the embedded SFT checkpoint: tokenizer, practice, 
 	$(BIN)/python -m axpo.tasks.build_mini axpo/assets/mini
 	$(TRAIN) axpo.sft mini-practice $(ARGS)
 	$(TRAIN) axpo.sft mini-crops $(ARGS)
-	$(TRAIN) axpo.sft mini-sft --sft.export axpo/assets/mini $(ARGS)
+	$(TRAIN) axpo.sft mini-sft --model.path build/mini/mini-crops/policy --sft.export axpo/assets/mini $(ARGS)
 
 suite: $(INSTALLED) ## rebuild the suite's base and teacher from the mini model: practice, then the scripted teacher
 	rm -rf build/suite
