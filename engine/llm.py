@@ -389,7 +389,7 @@ class LLM(Inputs, Lifecycle):
         tokens, params, stopped_by = request.sequence.token_ids[request.start :], request.params, request.stopped_by
         return CompletionOutput(
             request.index,
-            text_of(self.processor.decode, tokens, params, stopped_by) if params.detokenize else "",
+            text_of(self.processor.decode, tokens, params, stopped_by) if params.detokenize and tokens else "",
             tokens,
             list(request.logprobs),
             list(request.entropies),

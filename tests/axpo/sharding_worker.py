@@ -115,7 +115,11 @@ def sync(checkpoint: Path, learner: Learner) -> dict[str, Any]:
     tokens = []
     if rank() == 0:
         prompt = {"prompt_token_ids": [9, 10, 11]}
-        tokens = llm.generate(prompt, SamplingParams(max_tokens=4, seed=1), use_tqdm=False)[0].outputs[0].token_ids
+        tokens = (
+            llm.generate(prompt, SamplingParams(max_tokens=4, seed=1, detokenize=False), use_tqdm=False)[0]
+            .outputs[0]
+            .token_ids
+        )
     engine = Qwen3VL(learner.config).to(torch.bfloat16).requires_grad_(False)
     narrow = push_weights(learner.model, engine)
     same = all(
