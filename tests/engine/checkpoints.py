@@ -12,6 +12,18 @@ IMAGE, VIDEO, VISION_START, VISION_END = 5, 6, 3, 4  # ids inside the small voca
 Settings = dict[str, Any]
 
 
+SIZES: Settings = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+"""Of the text model in both families."""
+
+
 def write_vl_checkpoint(
     path: Path, tie: bool, seed: int, text: Settings | None = None, vision: Settings | None = None
 ) -> Path:
@@ -22,13 +34,7 @@ def write_vl_checkpoint(
     torch.manual_seed(seed)
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": 320,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
+            **SIZES,
             "max_position_embeddings": 1024,
             "rope_parameters": {
                 "rope_type": "default",
@@ -81,13 +87,7 @@ def write_text_checkpoint(path: Path, tie: bool, seed: int, text: Settings | Non
     """A random Qwen3 of three layers; `text`: settings that are to be others."""
     torch.manual_seed(seed)
     settings: Settings = {
-        "vocab_size": 320,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
+        **SIZES,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tie,
     }
